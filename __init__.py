@@ -1,0 +1,1 @@
+"""opweave: operator-level auto-parallelization compiler for PyTorch."""
