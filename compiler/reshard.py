@@ -88,7 +88,10 @@ def steps(source: Layout, target: Layout, mesh: tuple[int, ...]) -> tuple[Step, 
         current[axis] = code
 
     def legal(axis: int, code: int) -> bool:
-        return all(a < 0 or _blocked_by(tuple(current), axis, a) is None for a in (current[axis], code))
+        if any(a >= 0 and _blocked_by(tuple(current), axis, a) is not None for a in (current[axis], code)):
+            return False
+        # Entering an atom waits for the lower axes that still have to enter or leave it.
+        return code < 0 or all((current[a] == code) == (target[a] == code) for a in range(axis))
 
     while True:
         todo = [axis for axis in range(len(mesh)) if current[axis] != target[axis]]
@@ -104,8 +107,8 @@ def steps(source: Layout, target: Layout, mesh: tuple[int, ...]) -> tuple[Step, 
         moves.sort()
         chosen = next(((axis, code) for _, axis, code in moves if legal(axis, code)), None)
         if chosen is None:
-            # Every move is blocked by a higher axis: clear the innermost one in the way.
-            _, axis, code = moves[-1]
+            # The lowest axis can only be blocked by a higher one: clear the innermost that is in the way.
+            _, axis, code = min(moves, key=lambda move: move[1])
             atom = next(a for a in (current[axis], code) if a >= 0 and _blocked_by(tuple(current), axis, a) is not None)
             blocker = _blocked_by(tuple(current), axis, atom)
             assert blocker is not None
