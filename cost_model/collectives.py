@@ -1,0 +1,83 @@
+"""Seconds of a collective over one group of devices.
+
+Formulas (ring algorithms; Thakur, Rabenseifner, Gropp 2005, and Chan et al. 2007), n devices, B = bytes of the whole (gathered) tensor of
+the group, a = latency of a hop, r = bytes per second per device and direction:
+
+    all_reduce      2 (n-1) a + 2 (n-1)/n B/r      (every device holds B before and after)
+    all_gather        (n-1) a +   (n-1)/n B/r      (B/n before, B after)
+    reduce_scatter    (n-1) a +   (n-1)/n B/r      (B before, B/n after)
+    all_to_all        (n-1) a +   (n-1)/n B/n/r    (B/n before and after)
+    broadcast         (n-1) a +           B/r      (pipelined chain)
+    permute                 a +           B/n/r    (each device sends its B/n to one other)
+
+plus the link's `start_s` once. A link with measured tables (from calibration) answers from them instead: interpolated inside the
+measured range, continued along the last segment above it. One device needs no communication: 0 seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from .cluster import Link
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# kind -> n -> (hops, share of B that passes one device's link)
+_RING: dict[str, Callable[[int], tuple[float, float]]] = {
+    "all_reduce": lambda n: (2 * (n - 1), 2 * (n - 1) / n),
+    "all_gather": lambda n: (n - 1, (n - 1) / n),
+    "reduce_scatter": lambda n: (n - 1, (n - 1) / n),
+    "all_to_all": lambda n: (n - 1, (n - 1) / (n * n)),
+    "broadcast": lambda n: (n - 1, 1.0),
+    "permute": lambda n: (1, 1 / n),
+}
+
+
+def collective_coefficients(kind: str, num_devices: int, link: Link) -> tuple[float, float]:
+    """(seconds, seconds per byte of the whole tensor): a straight line for the planner's arrays.
+
+    With a measured table, the line through its ends, so that small and large messages are both right. Raises ValueError for an
+    unknown kind.
+    """
+    if kind not in _RING:
+        raise ValueError(f"unknown collective {kind!r}; known are {', '.join(KINDS)}")
+    if num_devices <= 1:
+        return 0.0, 0.0
+    points = _measured(kind, num_devices, link)
+    if points:
+        (x0, y0), (x1, y1) = points[0], points[-1]
+        slope = max(0.0, (y1 - y0) / (x1 - x0)) if x1 > x0 else 0.0
+        return max(0.0, y0 - slope * x0), slope
+    hops, share = _RING[kind](num_devices)
+    return link.start_s + hops * link.latency_s, share / link.rate_bytes_per_s
+
+
+def collective_seconds(kind: str, num_bytes: float, num_devices: int, link: Link) -> float:
+    """Seconds for `num_bytes` bytes of the whole (gathered) tensor of one group. Raises ValueError for an unknown kind."""
+    if num_devices > 1 and kind in _RING:
+        points = _measured(kind, num_devices, link)
+        if points:
+            return interpolate(points, num_bytes)
+    fixed, per_byte = collective_coefficients(kind, num_devices, link)
+    return fixed + per_byte * num_bytes
+
+
+def is_measured(kind: str, num_devices: int, link: Link) -> bool:
+    """Whether the price of this collective comes from a measured table."""
+    return bool(_measured(kind, num_devices, link))
+
+
+def _measured(kind: str, num_devices: int, link: Link) -> list[list[float]] | None:
+    return link.tables.get(kind, {}).get(str(num_devices)) if link.tables else None
+
+
+def interpolate(points: list[list[float]], x: float) -> float:
+    """Piecewise linear through `[x, y]` points by growing x; below the first point its y, above the last the last slope goes on."""
+    if x <= points[0][0] or len(points) == 1:
+        return points[0][1]
+    at = min(bisect_right(points, x, key=lambda point: point[0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
