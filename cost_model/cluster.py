@@ -337,10 +337,15 @@ class Cluster:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cluster file; an interrupted write leaves an existing file as it was."""
         target = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, suffix=".part", delete=False) as out:
-            json.dump(self.to_dict(), out, indent=2)
-            out.write("\n")
-        os.replace(out.name, target)
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                json.dump(self.to_dict(), out, indent=2)
+                out.write("\n")
+            os.replace(part, target)
+        except BaseException:
+            os.unlink(part)
+            raise
 
 
 def _pruned(value: Any) -> Any:

@@ -1,0 +1,146 @@
+"""Seconds of one kernel on one device.
+
+    ideal   = max(flops * (1 + half_dim / min_dim) / peak, bytes / memory bandwidth)
+    seconds = launch + ramp + ideal / efficiency
+
+- peak: of the dtype for matrix work, of float32 for all else (elementwise work in half precision is done in float32).
+- half_dim: a product whose smallest side is half_dim runs at half the rate (tiles are partly empty).
+- ramp: what filling and draining the device costs, so small kernels are less efficient than large ones.
+- efficiency: share of the binding peak that large kernels reach, per class; the cluster file's `device.efficiency` first.
+
+The defaults below are assumptions of the usual order (cuBLAS, cuDNN and FlashAttention reach 60-90 % of the dense peak, streaming
+kernels 80-90 % of the memory bandwidth). Calibration replaces launch + ramp + ideal / efficiency per class and dtype by a measured
+curve: `device.tables["matmul/float32"] = {"points": [[ideal, seconds], ...]}`, interpolated in logarithms; below its first point the
+seconds stay, above its last they grow in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .cluster import Device
+from .work import OP_CLASSES, Work
+
+MATRIX_CLASSES = ("matmul", "attention", "conv", "moe")
+
+Floats = npt.NDArray[np.float64]
+
+
+class _Default(NamedTuple):
+    efficiency: float
+    ramp_s: float
+    half_dim: float
+
+
+# Assumed per (device kind, class); "*" is for the classes that are not named.
+_DEFAULTS: dict[str, dict[str, _Default]] = {
+    "cuda": {
+        "matmul": _Default(0.85, 6e-6, 32),
+        "attention": _Default(0.60, 8e-6, 16),
+        "conv": _Default(0.60, 8e-6, 32),
+        "moe": _Default(0.70, 2e-5, 32),
+        "reduction": _Default(0.80, 3e-6, 0),
+        "*": _Default(0.85, 2e-6, 0),
+    },
+    "cpu": {
+        "matmul": _Default(0.80, 2e-6, 8),
+        "attention": _Default(0.50, 1e-5, 8),
+        "conv": _Default(0.50, 1e-5, 4),
+        "moe": _Default(0.60, 1e-4, 8),
+        "reduction": _Default(0.50, 2e-6, 0),
+        "*": _Default(0.60, 1e-6, 0),
+    },
+}
+
+
+class Curve(NamedTuple):
+    """Seconds of a class and dtype: `ideal` from the rates, then the formula or the measured points (in logarithms)."""
+
+    seconds_per_flop: float
+    seconds_per_byte: float
+    half_dim: float
+    fixed_s: float
+    slope: float
+    log_ideal: tuple[float, ...] = ()
+    log_seconds: tuple[float, ...] = ()
+
+
+@lru_cache(maxsize=1024)
+def curve(device: Device, op_class: str, dtype: str) -> Curve:
+    """The price curve of a class. Raises ValueError for an unknown class."""
+    if op_class not in OP_CLASSES:
+        raise ValueError(f"unknown op class {op_class!r}; known are {', '.join(OP_CLASSES)}")
+    table = _DEFAULTS[device.kind]
+    default = table.get(op_class, table["*"])
+    efficiency = device.efficiency.get(op_class, default.efficiency)
+    peak = device.flops_per_s(dtype if op_class in MATRIX_CLASSES else "float32")
+    measured = device.tables.get(f"{op_class}/{dtype}")
+    points = measured["points"] if measured else []
+    return Curve(
+        seconds_per_flop=1 / peak,
+        seconds_per_byte=1 / device.memory_bandwidth_bytes_per_s,
+        half_dim=measured.get("half_dim", default.half_dim) if measured else default.half_dim,
+        fixed_s=device.launch_s + default.ramp_s,
+        slope=1 / efficiency,
+        log_ideal=tuple(math.log(x) for x, _ in points),
+        log_seconds=tuple(math.log(y) for _, y in points),
+    )
+
+
+def ideal_seconds(work: Work, device: Device, dtype: str) -> float:
+    """Seconds at the device's peaks, without launch or inefficiency."""
+    c = curve(device, work.op_class, dtype)
+    return max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
+
+
+def kernel_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
+    """Predicted seconds of one kernel; 0 for views."""
+    if work.op_class == "view":
+        return 0.0
+    c = curve(device, work.op_class, dtype)
+    ideal = max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
+    if c.log_ideal:
+        return _on_curve(c, ideal)
+    return c.fixed_s + ideal * c.slope
+
+
+def _on_curve(c: Curve, ideal: float) -> float:
+    x = math.log(max(ideal, 1e-12))
+    xs, ys = c.log_ideal, c.log_seconds
+    if x <= xs[0]:
+        return math.exp(ys[0])
+    if x >= xs[-1]:
+        return math.exp(ys[-1] + x - xs[-1])
+    at = bisect_right(xs, x)
+    return math.exp(ys[at - 1] + (ys[at] - ys[at - 1]) * (x - xs[at - 1]) / (xs[at] - xs[at - 1]))
+
+
+def kernel_seconds_array(
+    flops: Floats, num_bytes: Floats, min_dims: Floats, op_class: str, device: Device, dtype: str = "float32"
+) -> Floats:
+    """`kernel_seconds` for arrays of one class and dtype (any shape, all three equal)."""
+    if op_class == "view":
+        return np.zeros_like(flops, dtype=float)
+    c = curve(device, op_class, dtype)
+    ideal = np.maximum(flops * c.seconds_per_flop * (1 + c.half_dim / min_dims), num_bytes * c.seconds_per_byte)
+    if not c.log_ideal:
+        return c.fixed_s + ideal * c.slope
+    x = np.log(np.maximum(ideal, 1e-12))
+    return np.exp(np.interp(x, c.log_ideal, c.log_seconds) + np.maximum(0.0, x - c.log_ideal[-1]))
+
+
+def works_seconds(works: Sequence[Work], device: Device, dtype: str = "float32") -> Floats:
+    """Seconds of many works of any classes, one dtype."""
+    return np.array([kernel_seconds(work, device, dtype) for work in works])
+
+
+def is_measured(op_class: str, device: Device, dtype: str = "float32") -> bool:
+    """Whether the price of this class comes from a measured curve."""
+    return f"{op_class}/{dtype}" in device.tables

@@ -1,0 +1,262 @@
+"""How much an op has to do: floating-point operations, bytes moved and a class, from shapes alone.
+
+`op_work` is called for every strategy of every op with the *local* shapes, so it is pure and takes a few microseconds. It knows names
+and shapes, no graphs. Conventions:
+
+- flops count a multiply-add as two. bytes are every input read once and every output written once, as a fused kernel would.
+- `min_dim` is the smallest side of a matrix product (rows, columns or reduction), which bounds how well hardware tiles fill.
+- Views move nothing. An op that is not known by name counts as pointwise over what it reads and writes: class "other".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+OP_CLASSES = (
+    "matmul", "attention", "conv", "moe", "norm", "pointwise", "reduction", "embedding", "update", "copy", "view", "other",
+)  # fmt: skip
+CLASS_INDEX = {name: i for i, name in enumerate(OP_CLASSES)}
+
+Shape = tuple[int, ...] | None  # None: an output that is not computed, such as a gradient that nobody asked for
+Shapes = Sequence[Shape]
+
+
+class Work(NamedTuple):
+    """What one op does on one device."""
+
+    flops: float
+    bytes: float
+    op_class: str
+    min_dim: int = 1 << 30
+
+
+class _Op(NamedTuple):
+    op_class: str
+    measure: Callable[[Shapes, Shapes, Sequence[Any]], tuple[float, int]] | None = None
+    flops_per_element: float = 1.0
+
+
+NO_WORK = Work(0.0, 0.0, "view")
+_WHOLE = 1 << 30
+
+
+def op_work(
+    target: str,
+    in_shapes: Shapes,
+    out_shapes: Shapes,
+    args: Sequence[Any] = (),
+    *,
+    in_itemsize: int | Sequence[int] = 4,
+    out_itemsize: int | Sequence[int] = 4,
+    share: float = 1.0,
+) -> Work:
+    """Work of one op.
+
+    target: "aten.mm.default", "mm", "aten::mm.out" or "opweave::attention". in_shapes, out_shapes: of its tensor operands and results, in
+    order. args: its other arguments in order (flags and sizes; only convolutions and attention look at them). itemsizes: bytes
+    per element, one for all or one each. share: part of the work that falls to this device where shapes do not say it (experts here of
+    all experts).
+    """
+    op = _lookup(target)
+    if op.op_class == "view":
+        return NO_WORK
+    if op.measure is None:
+        flops = op.flops_per_element * max(_elements(in_shapes), _elements(out_shapes))
+        return Work(flops * share, _bytes(op, in_shapes, out_shapes, in_itemsize, out_itemsize), op.op_class)
+    flops, min_dim = op.measure(in_shapes, out_shapes, args)
+    return Work(flops * share, _bytes(op, in_shapes, out_shapes, in_itemsize, out_itemsize), op.op_class, min_dim)
+
+
+def _elements(shapes: Shapes) -> int:
+    """Elements of the largest of these tensors."""
+    largest = 0
+    for shape in shapes:
+        if shape is not None:
+            largest = max(largest, prod(shape))
+    return largest
+
+
+def _moved(shapes: Shapes, itemsize: int | Sequence[int]) -> float:
+    total = 0
+    if isinstance(itemsize, int):
+        for shape in shapes:
+            if shape is not None:
+                total += prod(shape)
+        return total * itemsize
+    for shape, size in zip(shapes, itemsize, strict=True):
+        if shape is not None:
+            total += prod(shape) * size
+    return total
+
+
+def _bytes(op: _Op, ins: Shapes, outs: Shapes, in_size: int | Sequence[int], out_size: int | Sequence[int]) -> float:
+    written = _moved(outs, out_size)
+    if op.op_class == "embedding":  # only the rows that are looked up
+        return 2 * written
+    if op is _FILL:
+        return written
+    return written + _moved(ins, in_size)
+
+
+# --- matrix products ------------------------------------------------------------------------------------------------------------
+
+
+def _mm(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    a, b = ins[-2], ins[-1]
+    assert a is not None and b is not None
+    columns = b[-1] if len(b) > 1 else 1
+    return 2.0 * prod(a) * columns, min(a[-2] if len(a) > 1 else 1, a[-1], columns)
+
+
+def _linear(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    x, weight = ins[0], ins[1]
+    assert x is not None and weight is not None
+    return 2.0 * prod(x) * weight[0], min(prod(x[:-1]), x[-1], weight[0])
+
+
+def _grouped_mm(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """_grouped_mm(a, b, offsets): ragged rows (2-D times 3-D) or ragged reduction (2-D times 2-D)."""
+    a, b, out = ins[0], ins[1], outs[0]
+    assert a is not None and b is not None and out is not None
+    if len(b) == 3:
+        return 2.0 * prod(a) * b[-1], min(max(1, a[-2] // b[0]), a[-1], b[-1])
+    return 2.0 * prod(a) * b[-1], min(a[-2], max(1, a[-1] // out[0]), b[-1])
+
+
+# --- attention, experts, convolution ----------------------------------------------------------------------------------------------
+
+
+def _attention(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """Two products of (s, d, t) and (s, t, e) per head; a causal mask skips half of them (first True among the arguments)."""
+    q, k, v = ins[0], ins[1], ins[2]
+    assert q is not None and k is not None and v is not None
+    causal = 0.5 if any(arg is True for arg in args) else 1.0
+    return 2.0 * causal * prod(q[:-1]) * k[-2] * (q[-1] + v[-1]), min(q[-2], k[-2], q[-1])
+
+
+def _attention_backward(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """Five products instead of two: scores are recomputed (FlashAttention, Dao 2022)."""
+    flops, min_dim = _attention(ins[1:], outs, args)
+    return 2.5 * flops, min_dim
+
+
+def _experts(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """moe_mlp(x (t i), index (t k), weights (t k), gate_up (e 2f i), down (e o f)): t*k rows through both products."""
+    x, index, gate_up, down = ins[0], ins[1], ins[3], ins[4]
+    assert x is not None and index is not None and gate_up is not None and down is not None
+    rows = prod(index)
+    flops = 2.0 * rows * (prod(gate_up[1:]) + prod(down[1:]))
+    return flops, min(max(1, rows // gate_up[0]), gate_up[1], x[-1])
+
+
+def _experts_backward(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """Gradients of inputs and of weights, after the inner activations were computed again."""
+    flops, min_dim = _experts(ins[1:], outs, args)
+    return 3.0 * flops, min_dim
+
+
+def _convolution(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """Each output element is a product over input channels of its group and the kernel; transposed: each input element."""
+    x, weight, out = ins[0], ins[1], outs[0]
+    assert x is not None and weight is not None and out is not None
+    transposed = next((arg for arg in args if isinstance(arg, bool)), False)
+    inner = prod(weight[1:])
+    return 2.0 * inner * prod(x if transposed else out), min(weight[0], inner)
+
+
+def _convolution_backward(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """convolution_backward(grad, x, weight) -> grad of x, weight, bias; each of the first two costs as much as the forward."""
+    flops, min_dim = _convolution(ins[1:], ins[:1], args)
+    return flops * sum(out is not None for out in outs[:2]), min_dim
+
+
+# --- the table -------------------------------------------------------------------------------------------------------------------
+
+_FILL = _Op("copy", None, 0.0)
+_VIEW = _Op("view")
+
+
+def _rows(op: _Op, names: str) -> dict[str, _Op]:
+    return dict.fromkeys(names.split(), op)
+
+
+# Elementwise functions that take tens of operations per element; the number is the cost on a CPU with vector math, in adds.
+_TRANSCENDENTAL = """gelu gelu_backward exp exp2 expm1 log log2 log1p tanh erf erfinv sigmoid silu silu_backward mish mish_backward pow sin
+    cos softplus softplus_backward log_sigmoid_forward log_sigmoid_backward elu elu_backward logit atan atan2 asin acos"""
+_ELEMENTWISE = """add sub mul div neg reciprocal sqrt rsqrt abs sign relu leaky_relu leaky_relu_backward hardtanh hardtanh_backward
+    hardswish hardswish_backward hardsigmoid hardsigmoid_backward threshold threshold_backward tanh_backward sigmoid_backward
+    clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt ge logical_and logical_or logical_not
+    bitwise_and bitwise_or bitwise_not
+    bitwise_xor addcmul addcdiv lerp square floor ceil round trunc remainder fmod isnan isinf isfinite floor_divide rsub tril triu"""
+
+OPS: dict[str, _Op] = {
+    **_rows(_Op("matmul", _mm), "mm bmm mv dot addmm baddbmm matmul addmv addbmm"),
+    "linear": _Op("matmul", _linear),
+    "_grouped_mm": _Op("moe", _grouped_mm),
+    "opweave::attention": _Op("attention", _attention),
+    "opweave::attention_backward": _Op("attention", _attention_backward),
+    "scaled_dot_product_attention": _Op("attention", _attention),
+    "opweave::moe_mlp": _Op("moe", _experts),
+    "opweave::moe_mlp_backward": _Op("moe", _experts_backward),
+    **_rows(_Op("conv", _convolution), "convolution conv1d conv2d conv3d"),
+    "convolution_backward": _Op("conv", _convolution_backward),
+    **_rows(
+        _Op("norm", None, 8.0),
+        """native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm batch_norm_stats
+        native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+        cudnn_batch_norm cudnn_batch_norm_backward batch_norm_backward rms_norm _fused_rms_norm _fused_rms_norm_backward""",
+    ),
+    **_rows(_Op("norm", None, 20.0), "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp"),
+    **_rows(_Op("pointwise", None, 20.0), _TRANSCENDENTAL),
+    **_rows(_Op("pointwise"), _ELEMENTWISE),
+    "opweave::dropout_mask": _Op("pointwise", None, 20.0),
+    **_rows(
+        _Op("reduction"),
+        """sum mean amax amin max min argmax argmin any all prod var var_mean std linalg_vector_norm norm cumsum cumprod nll_loss_forward
+        nll_loss2d_forward nll_loss_backward nll_loss2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d
+        avg_pool2d_backward max_pool3d_with_indices max_pool3d_with_indices_backward avg_pool3d avg_pool3d_backward
+        _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward upsample_nearest2d
+        upsample_nearest2d_backward upsample_nearest3d upsample_nearest3d_backward upsample_bilinear2d upsample_bilinear2d_backward
+        topk sort""",
+    ),
+    **_rows(_Op("embedding"), "embedding gather index index_select take"),
+    **_rows(_Op("reduction", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
+    "opweave::update": _Op("update", None, 12.0),
+    **_rows(
+        _Op("copy", None, 0.0),
+        """clone copy _to_copy to contiguous cat stack repeat constant_pad_nd flip roll slice_backward select_backward slice_scatter
+        select_scatter expand_copy permute_copy im2col col2im _reshape_copy""",
+    ),
+    **_rows(
+        _FILL,
+        "full zeros ones empty arange full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty fill scalar_tensor",
+    ),
+    **_rows(
+        _VIEW,
+        """view _unsafe_view reshape unsqueeze squeeze flatten _reshape_alias permute transpose t expand slice select split
+        split_with_sizes unbind detach alias as_strided unfold diagonal getitem lift_fresh view_as expand_as sym_size""",
+    ),
+}  # fmt: skip
+_OTHER = _Op("other")
+
+
+@lru_cache(maxsize=4096)
+def _lookup(target: str) -> _Op:
+    name = target.removeprefix("torch.ops.").removeprefix("aten::").removeprefix("aten.")
+    if name.startswith("opweave."):
+        name = "opweave::" + name.removeprefix("opweave.")
+    base = name.partition(".")[0]
+    return OPS.get(base) or OPS.get(base.removesuffix("_")) or _OTHER
+
+
+def is_known(target: str) -> bool:
+    """Whether the op has a row here; others are priced as one pass over their operands and results."""
+    return _lookup(target) is not _OTHER
+
+
+def op_class(target: str) -> str:
+    """The class of an op by name."""
+    return _lookup(target).op_class
