@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -100,8 +99,8 @@ def ideal_seconds(work: Work, device: Device, dtype: str) -> float:
     return max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
 
 
-def kernel_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
-    """Predicted seconds of one kernel; 0 for views."""
+def work_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
+    """Predicted seconds of one kernel; 0 for views. The scalar form of `kernel_seconds`, half a microsecond."""
     if work.op_class == "view":
         return 0.0
     c = curve(device, work.op_class, dtype)
@@ -122,23 +121,24 @@ def _on_curve(c: Curve, ideal: float) -> float:
     return math.exp(ys[at - 1] + (ys[at] - ys[at - 1]) * (x - xs[at - 1]) / (xs[at] - xs[at - 1]))
 
 
-def kernel_seconds_array(
-    flops: Floats, num_bytes: Floats, min_dims: Floats, op_class: str, device: Device, dtype: str = "float32"
+def kernel_seconds(
+    flops: Floats | float,
+    num_bytes: Floats | float,
+    op_class: str,
+    device: Device,
+    dtype: str = "float32",
+    min_dim: Floats | float = math.inf,
 ) -> Floats:
-    """`kernel_seconds` for arrays of one class and dtype (any shape, all three equal)."""
+    """Predicted seconds of kernels of one class and dtype, as arrays that broadcast: flops, bytes, smallest side of the product."""
+    flops, num_bytes = np.asarray(flops, dtype=float), np.asarray(num_bytes, dtype=float)
     if op_class == "view":
-        return np.zeros_like(flops, dtype=float)
+        return np.zeros(np.broadcast_shapes(flops.shape, num_bytes.shape))
     c = curve(device, op_class, dtype)
-    ideal = np.maximum(flops * c.seconds_per_flop * (1 + c.half_dim / min_dims), num_bytes * c.seconds_per_byte)
+    ideal = np.maximum(flops * c.seconds_per_flop * (1 + c.half_dim / np.asarray(min_dim, dtype=float)), num_bytes * c.seconds_per_byte)
     if not c.log_ideal:
         return c.fixed_s + ideal * c.slope
     x = np.log(np.maximum(ideal, 1e-12))
     return np.exp(np.interp(x, c.log_ideal, c.log_seconds) + np.maximum(0.0, x - c.log_ideal[-1]))
-
-
-def works_seconds(works: Sequence[Work], device: Device, dtype: str = "float32") -> Floats:
-    """Seconds of many works of any classes, one dtype."""
-    return np.array([kernel_seconds(work, device, dtype) for work in works])
 
 
 def is_measured(op_class: str, device: Device, dtype: str = "float32") -> bool:

@@ -48,7 +48,6 @@ def op_work(
     in_shapes: Shapes,
     out_shapes: Shapes,
     args: Sequence[Any] = (),
-    *,
     in_itemsize: int | Sequence[int] = 4,
     out_itemsize: int | Sequence[int] = 4,
     share: float = 1.0,
