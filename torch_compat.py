@@ -1,0 +1,128 @@
+"""Every private torch name opweave touches, each with the version it was checked on.
+
+Supported are torch 2.11 to 2.13; the names below were checked on 2.13.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (  # 2.13
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode  # 2.13
+from torch.utils._python_dispatch import _disable_current_modes  # 2.13
+from torch.utils._pytree import tree_flatten, tree_unflatten  # 2.13: also knows transformers' output classes
+
+__all__ = [
+    "DYNAMIC_OUTPUT_ERRORS",
+    "DispatchMode",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "backward_sequence_number",
+    "constant_value",
+    "forward_sequence_number",
+    "functional_overload",
+    "is_mutable",
+    "is_random",
+    "mutated_arguments",
+    "named_arguments",
+    "no_dispatch_modes",
+    "tree_flatten",
+    "tree_unflatten",
+]
+
+OpOverload = torch._ops.OpOverload  # 2.13
+
+# What a fake tensor raises where a result's shape or value depends on data.
+DYNAMIC_OUTPUT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def forward_sequence_number() -> int:
+    """Number of the autograd node made last on this thread (the one of the op now being dispatched)."""
+    return torch.autograd._get_sequence_nr() - 1  # 2.13
+
+
+def backward_sequence_number() -> int:
+    """Number of the autograd node whose backward is running; -1 outside of one."""
+    node = torch._C._current_autograd_node()  # 2.13
+    return -1 if node is None else node._sequence_nr()
+
+
+def is_mutable(op: Any) -> bool:
+    """Whether an ATen overload declares that it writes to an argument."""
+    return op._schema.is_mutable
+
+
+def is_random(op: Any) -> bool:
+    """Whether an ATen overload draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def mutated_arguments(op: Any) -> list[tuple[int, str]]:
+    """(position, name) of the arguments an overload writes to."""
+    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def functional_overload(op: Any) -> Any:
+    """The overload that computes what `op` (in-place or out=) writes, without writing; None where torch has none.
+
+    It takes the same arguments, less those named `out`.
+    """
+    packet = op._overloadpacket
+    name = packet._qualified_op_name.split("::")[1]
+    if any(a.kwarg_only for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write):
+        options = [op._overloadname.removesuffix("_out"), op._overloadname.removesuffix("out"), "default"]
+    else:
+        if not name.rstrip("_") or not name.endswith("_"):
+            return None
+        packet = getattr(torch.ops.aten, name[:-1].lstrip("_") if name == "_index_put_impl_" else name[:-1], None)
+        packet = torch.ops.aten.index_put if name == "_index_put_impl_" else packet
+        options = [op._overloadname]
+    overloads = packet.overloads() if packet is not None else []
+    for option in options:
+        option = option.rstrip("_") or "default"
+        if option in overloads and not getattr(packet, option)._schema.is_mutable:
+            return getattr(packet, option)
+    return None
+
+
+def constant_value(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The known value of a fake tensor that was made from a constant, else None."""
+    return getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else None
+
+
+# ------------------------------------------------------------------------------------------------------------------- runtime
+
+# Renamed in 2.13; the old names warn there. Same arguments: (output, input, [op], group, async_op).
+all_gather_single = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+reduce_scatter_single = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+
+# The update kernels behind torch.optim's `fused=True`: in place on lists of tensors.
+fused_adam = torch._fused_adam_  # 2.13
+fused_adamw = torch._fused_adamw_  # 2.13
+fused_sgd = torch._fused_sgd_  # 2.13
+
+
+def direct_call(op: Any) -> Any:
+    """What an overload's `__call__` calls; saves a Python frame per call."""
+    return op._op if isinstance(op, OpOverload) else op  # 2.13
+
+
+def no_dispatch_modes() -> AbstractContextManager[Any]:
+    """Within, ops run on real tensors: no dispatch mode sees them."""
+    return _disable_current_modes()
+
+
+def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults filled in."""
+    named = {}
+    for i, arg in enumerate(op._schema.arguments):
+        named[arg.name] = args[i] if i < len(args) else kwargs.get(arg.name, arg.default_value)
+    return named
