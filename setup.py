@@ -1,8 +1,9 @@
 """Packaging: the repository root is the package `opweave`."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = ["opweave", "opweave.compiler", "opweave.compiler.solver", "opweave.cost_model", "opweave.runtime"]
+FOLDERS = find_packages(include=["compiler*", "cost_model*", "runtime*", "zoo*"])
+PACKAGES = ["opweave", *(f"opweave.{folder}" for folder in FOLDERS)]
 
 setup(
     name="opweave",
