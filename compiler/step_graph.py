@@ -18,7 +18,7 @@ from torch import fx
 
 Phase = Literal["fwd", "bwd", "update"]
 InputKind = Literal["param", "buffer", "state", "batch", "seed"]
-OutputKind = Literal["loss", "extra", "param", "buffer", "state"]
+OutputKind = Literal["loss", "extra", "param", "buffer", "state", "grad"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphOutput:
-    """One output of the step: the loss, an extra value the user's loss function returned, or new state."""
+    """One output of the step: the loss, an extra value the user's loss function returned, new state, or (without an optimizer) a gradient."""
 
     kind: OutputKind
     fqn: str = ""
@@ -70,7 +70,7 @@ class StepGraph:
     inputs: tuple[GraphInput, ...]
     outputs: tuple[GraphOutput, ...]
     model_name: str = ""
-    # How to rebuild what the user's loss function returned beside the loss (torch.utils._pytree spec, via torch_compat).
+    # How to rebuild what the user's loss function returned beside the loss (`capture_tree.ExtraSpec`); None where it returned the loss only.
     extra_spec: Any = None
     # Tied parameters: alias fqn -> fqn that owns the storage.
     tied: dict[str, str] = field(default_factory=dict)

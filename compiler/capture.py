@@ -1,0 +1,303 @@
+"""Capture: one training step of an unmodified model as a `StepGraph`.
+
+    step_graph = capture(model, batch, optimizer=torch.optim.AdamW(model.parameters()))
+
+Parameters, buffers and batch become fake CPU tensors (shapes only: nothing is materialised, whatever device the model is on), the user's loss
+function and `torch.autograd.grad` run on them, and a `Recorder` writes down every ATen op. The optimizer's update is added last.
+
+The stages, in order: inputs -> forward -> backward -> update -> outputs, then dead code goes and every node learns its `OpInfo`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..torch_compat import FakeTensorMode
+from .capture_errors import CaptureError, line_of_error, place
+from .capture_experts import experts_as_one_op
+from .capture_record import Origin, Recorder
+from .capture_tree import map_tensors, split_extras
+from .optimizer_ops import OptimizerSpec, add_update, read_optimizer
+from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
+
+LossFn = Callable[[nn.Module, Any], Any]
+
+_LOSS_WAY_OUT = (
+    "pass `loss_fn=lambda model, batch: ...` that returns a scalar loss (or a tuple that starts with it), or, for models of transformers, "
+    "put `labels` into the batch"
+)
+
+
+def capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    clip_grad_norm: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> StepGraph:
+    """The whole training step of `model` on a global `batch`.
+
+    loss_fn(model, batch) returns the loss or (loss, extras...); without it, dict batches are keyword arguments, tuples are positional ones,
+    and the loss is `output.loss`, `output["loss"]`, a scalar output, or the first of a tuple. With an optimizer the graph ends in new
+    parameters and optimizer state, without one in gradients. clip_grad_norm is the max_norm of torch's `clip_grad_norm_`. autocast runs the
+    forward pass under `torch.autocast` in that type.
+
+    Raises CaptureError for what cannot be captured, naming module, line and way out; ValueError for an unknown optimizer.
+    """
+    _check_model(model)
+    spec = read_optimizer(optimizer, model) if optimizer is not None else None
+    trace = _Trace(model, spec)
+    batch = trace.add_batch(batch)
+    loss, extras, buffers = trace.forward(batch, loss_fn or default_loss, autocast)
+    grads = trace.backward(loss)
+    return trace.finish(loss, extras, buffers, grads, clip_grad_norm)
+
+
+def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Call the model on the batch and find the loss in what it returns."""
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, torch.Tensor):
+        loss = output
+    if loss is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
+        loss = output[0]
+    if not isinstance(loss, torch.Tensor):
+        raise CaptureError(f"no loss in what {type(model).__name__} returned ({type(output).__name__}); {_LOSS_WAY_OUT}")
+    return loss
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise CaptureError(
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train; "
+            "set `requires_grad_(True)` on those to be trained"
+        )
+
+
+class _Step(nn.Module):
+    """The model with its loss function as one module, so that `functional_call` can put fake tensors in."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        """(what the loss function returned, the buffers as they are after it)."""
+        result = self.loss_fn(self.model, batch)
+        return result, dict(self.model.named_buffers())
+
+
+class _Trace:
+    """One capture under way: the recorder, the graph's inputs, and the fake tensors that stand for them."""
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerSpec | None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.fake = FakeTensorMode()
+        self.recorder = Recorder(self.fake, {id(m): name for name, m in model.named_modules()})
+        self.inputs: list[GraphInput] = []
+        self.params: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        for fqn, param in model.named_parameters():
+            group = optimizer.group_of.get(fqn, -1) if optimizer is not None else -1
+            self.params[fqn] = self._input("param", fqn, param, group)
+        for fqn, buffer in model.named_buffers():
+            self.buffers[fqn] = self._input("buffer", fqn, buffer)
+
+    # Inputs
+
+    def _input(self, kind: Any, fqn: str, like: torch.Tensor, group: int = -1) -> torch.Tensor:
+        """Add a placeholder; the fake tensor that stands for it."""
+        if like.layout != torch.strided:
+            raise CaptureError(f"{kind} {fqn} has the layout {like.layout}; only dense tensors can be captured, use `.to_dense()`")
+        trains = kind == "param" and like.requires_grad
+        with self.fake:
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu", requires_grad=trains)
+        node = self.add_placeholder(kind, fqn, self.recorder.val(fake), group=group)
+        self.recorder.values.bind(fake, node, node.meta["val"])
+        return fake
+
+    def add_placeholder(self, kind: Any, fqn: str, val: torch.Tensor, *, slot: str = "", group: int = -1) -> fx.Node:
+        """A placeholder after the ones there are; its name is made of kind, slot and fqn."""
+        graph = self.recorder.graph
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1:] if self.recorder.started else []
+        with graph.inserting_after(last[0]) if last else contextlib.nullcontext():
+            node = graph.placeholder(re.sub(r"\W", "_", "_".join(filter(None, (kind, slot, fqn)))))
+        node.target = node.name
+        node.meta["val"] = val
+        self.inputs.append(GraphInput(name=node.name, kind=kind, fqn=fqn, slot=slot, group=group))
+        return node
+
+    def add_batch(self, batch: Any) -> Any:
+        """The batch with its tensors replaced by fake ones, each a placeholder."""
+        count = len(self.inputs)
+        faked = map_tensors(batch, lambda path, tensor: self._input("batch", path, tensor))
+        if len(self.inputs) == count:
+            raise CaptureError(
+                f"there is no tensor in the batch (a {type(batch).__name__}); a batch is a tensor or a dict, tuple, list or dataclass of them"
+            )
+        return faked
+
+    # Forward and backward
+
+    def forward(self, batch: Any, loss_fn: LossFn, autocast: torch.dtype | None) -> tuple[torch.Tensor, Any, dict[str, torch.Tensor]]:
+        """(loss, extras, buffers after the step)."""
+        step = _Step(self.model, loss_fn)
+        state = {f"model.{fqn}": t for fqn, t in (*self.params.items(), *self.buffers.items())}
+        casts = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
+        with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), casts:
+            result, buffers = torch.func.functional_call(step, state, (batch,))
+        for fqn, param in self.params.items():
+            if self.recorder.values.written(param):
+                raise CaptureError(
+                    f"parameter {fqn} is changed in place during the forward pass; only the optimizer may change parameters: "
+                    "make it a buffer, or change it after the step"
+                )
+        loss, *rest = result if isinstance(result, (tuple, list)) else (result,)
+        self._check_loss(loss)
+        return loss, tuple(rest), buffers
+
+    def _check_loss(self, loss: Any) -> None:
+        if not isinstance(loss, torch.Tensor):
+            raise CaptureError(f"the loss is a {type(loss).__name__}, not a tensor; {_LOSS_WAY_OUT}")
+        if loss.numel() != 1:
+            raise CaptureError(f"the loss has the shape {tuple(loss.shape)}; it must be a scalar: reduce it (`loss.mean()`), or {_LOSS_WAY_OUT}")
+        if not loss.dtype.is_floating_point:
+            raise CaptureError(f"the loss has the type {loss.dtype}; it must be a floating-point number")
+        if not loss.requires_grad:
+            raise CaptureError(
+                "the loss does not depend on any parameter that requires a gradient; look for `detach`, `.data`, "
+                "`torch.no_grad` or an integer conversion between model and loss"
+            )
+
+    def backward(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradient of each parameter to be trained that the loss depends on."""
+        wanted = {fqn: p for fqn, p in self.params.items() if p.requires_grad}
+        if self.optimizer is not None:
+            wanted = {fqn: p for fqn, p in wanted.items() if fqn in self.optimizer.group_of}
+        self.recorder.phase = "bwd"
+        with self._recording():
+            grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        return {fqn: grad for fqn, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Ops are fake and recorded; whatever goes wrong in the user's code is told with its place."""
+        self.recorder.started = True
+        try:
+            with torch.enable_grad(), self.fake, self.recorder:
+                yield
+        except CaptureError:
+            raise
+        except Exception as error:
+            line = line_of_error(error.__traceback__)
+            where = place(self.recorder.stack[-1], line)
+            raise CaptureError(f"capture failed {where}: {_explain(error)}") from error
+
+    # Update and outputs
+
+    def finish(
+        self, loss: torch.Tensor, extras: Any, buffers: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], clip: float | None
+    ) -> StepGraph:
+        """Add update and outputs, and make the `StepGraph`."""
+        read = self.recorder.values.read
+        extra_tensors, extra_spec = split_extras(extras)
+        outputs = [(GraphOutput(kind="loss"), read(loss))]
+        outputs += [(GraphOutput(kind="extra", fqn=str(i)), read(t)) for i, t in enumerate(extra_tensors)]
+        for fqn, before in self.buffers.items():
+            after = buffers[fqn]
+            if after is not before or self.recorder.values.written(before):
+                outputs.append((GraphOutput(kind="buffer", fqn=fqn), read(after)))
+        grad_nodes = {fqn: read(grad) for fqn, grad in grads.items()}
+        if self.optimizer is None and clip is None:
+            outputs += [(GraphOutput(kind="grad", fqn=fqn), node) for fqn, node in grad_nodes.items()]
+        else:
+            outputs += add_update(self, self.optimizer, grad_nodes, clip)
+        return self._step_graph(outputs, extra_spec if extras else None)
+
+    def _step_graph(self, outputs: list[tuple[GraphOutput, fx.Node]], extra_spec: Any) -> StepGraph:
+        graph = self.recorder.graph
+        graph.output(tuple(node for _, node in outputs))
+        if self.recorder.seed is not None:
+            self._insert_seed()
+        _drop_dead_code(graph)
+        _describe(graph)
+        step_graph = StepGraph(
+            graph=graph,
+            inputs=tuple(self.inputs),
+            outputs=tuple(output for output, _ in outputs),
+            model_name=type(self.model).__name__,
+            extra_spec=extra_spec,
+            tied=_tied(self.model),
+        )
+        step_graph.verify()
+        return step_graph
+
+    def _insert_seed(self) -> None:
+        """Describe the seed at the place where its placeholder stands."""
+        names = [n.name for n in self.recorder.graph.nodes if n.op == "placeholder"]
+        assert self.recorder.seed is not None
+        at = names.index(self.recorder.seed.name)
+        self.inputs.insert(at, GraphInput(name=self.recorder.seed.name, kind="seed", fqn="seed"))
+
+
+def _explain(error: Exception) -> str:
+    """The error's text; for conversions out of torch with the way out."""
+    text = f"{type(error).__name__}: {error}"
+    if "numpy" in text:
+        return f"{text}; a captured step works with tensors only: replace the numpy conversion by torch ops"
+    return text
+
+
+def _drop_dead_code(graph: fx.Graph) -> None:
+    """Erase what nobody uses; every op is without side effects here."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
+def _describe(graph: fx.Graph) -> None:
+    """Turn each node's `Origin` into its `OpInfo`."""
+    alive = {n for n in graph.nodes}
+    known: dict[int, OpInfo] = {}
+    for node in graph.nodes:
+        origin: Origin | None = node.meta.pop("origin", None)
+        if origin is None:
+            continue
+        info = known.get(id(origin))
+        if info is None:
+            partner = origin.partner.name if origin.phase == "bwd" and origin.partner in alive else ""  # type: ignore[union-attr]
+            info = OpInfo(path=origin.path, phase=origin.phase, partner=partner, line=origin.line)  # type: ignore[arg-type]
+            known[id(origin)] = info
+            node.meta["origin_alive"] = origin
+        node.meta["op"] = info
+    for node in graph.nodes:
+        node.meta.pop("origin_alive", None)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Alias fqn -> owner fqn of parameters and buffers that several modules share."""
+    tied: dict[str, str] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        owners: dict[int, str] = {}
+        for fqn, tensor in named(remove_duplicate=False):
+            owner = owners.setdefault(id(tensor), fqn)
+            if owner != fqn:
+                tied[fqn] = owner
+    return tied

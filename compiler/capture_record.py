@@ -1,0 +1,398 @@
+"""Records every ATen op of one training step, as it runs on fake CPU tensors, into an `fx.Graph` without in-place ops.
+
+A dispatch mode sees an op after autograd, so forward and backward are recorded alike. Forward ops know their module from hooks; a backward
+op finds its forward op through the number that autograd gives to both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import torch_compat
+from ..runtime import ops  # noqa: F401  (defines the opweave ops)
+from ..torch_compat import FakeTensor, FakeTensorMode
+from .capture_errors import CaptureError, place, user_line
+from .capture_values import Values, View
+
+aten = torch.ops.aten
+
+# Ops that yield their input's elements; with equal shape and strides they are no op at all.
+_VIEWS_THAT_MAY_BE_NOTHING = {
+    "view", "_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "expand", "slice", "permute", "transpose", "t", "squeeze",
+    "unsqueeze",
+}  # fmt: skip
+# Views that keep the elements' order: two of them that end in the shape and strides they began with undo each other.
+_RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
+_COPIES_THAT_MAY_BE_NOTHING = {"clone", "_to_copy", "lift_fresh_copy"}
+_NEUTRAL_KWARGS = ("device", "pin_memory", "layout", "non_blocking")
+MAX_CONSTANT_ELEMENTS = 65_536
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where a recorded node comes from; becomes an `OpInfo` when the graph is done (partner is a node until then)."""
+
+    path: str
+    phase: str
+    line: str
+    partner: fx.Node | None = None
+
+
+@dataclass(slots=True)
+class _Traits:
+    """What the recorder needs to know about an op, looked up once per op."""
+
+    name: str
+    handler: Callable[..., Any] | None
+    is_view: bool
+    is_write: bool
+    is_random: bool
+    maybe_nothing: bool
+    maybe_copy: bool
+
+
+class Recorder(torch_compat.DispatchMode):
+    """`graph` grows as ops run under this mode (inside `fake`). Set `phase` to "bwd" before the backward pass."""
+
+    def __init__(self, fake: FakeTensorMode, module_names: dict[int, str]) -> None:
+        super().__init__()
+        self.fake = fake
+        self.graph = fx.Graph()
+        self.values = Values(self.emit, self._constant)
+        self.phase = "fwd"
+        self.stack: list[str] = [""]
+        self.seed: fx.Node | None = None
+        self.num_random = 0
+        self._module_names = module_names
+        self._vals: dict[Any, torch.Tensor] = {}
+        self._origins: dict[int, Origin] = {}
+        self._replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._origin = Origin("", "fwd", "")
+        self._merged: dict[Any, fx.Node] = {}
+        self.started = False  # recording: placeholders made from now on go before the ops
+
+    # What a node looks like
+
+    def val(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake tensor that stands for all tensors of this shape, stride and dtype."""
+        return self.val_of(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def val_of(self, shape: tuple[int, ...], stride: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
+        stride = _dense_stride(shape) if stride is None else stride
+        key = (shape, stride, dtype)
+        known = self._vals.get(key)
+        if known is None:
+            with self.fake:
+                known = self._vals[key] = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+        return known
+
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
+        """A call of `target`; one that was recorded before with the same arguments is that node, since ops have no side effects."""
+        key = (target, _key(args), _key(kwargs), id(val) if isinstance(val, torch.Tensor) else None)
+        known = self._merged.get(key)
+        if known is not None:
+            return known
+        node = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=_name(target))
+        node.meta["val"] = val
+        node.meta["origin"] = self._origin
+        return node
+
+    def set_origin(self, origin: Origin) -> None:
+        """Origin of nodes emitted from now on."""
+        self._origin = origin
+
+    # Modules
+
+    @contextmanager
+    def modules_tracked(self) -> Iterator[None]:
+        """Within, `stack[-1]` is the path of the module whose forward runs."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(self._module_names.get(id(module), self.stack[-1]))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self.stack.pop()
+
+        handles = (
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return torch.device("cpu")
+        self._origin = self._find_origin()
+        traits = _TRAITS.get(func) or _find_traits(func)
+        kwargs = _on_cpu(kwargs)
+        lowered = tuple(self.lower(a) for a in args)
+        lowered_kwargs = {k: self.lower(v) for k, v in kwargs.items() if k not in _NEUTRAL_KWARGS} if kwargs else {}
+        if self._replaced and traits.name != "lift_fresh":  # which knows what a real tensor is
+            args, kwargs = self._without_constants(args), self._without_constants(kwargs)
+        try:
+            if traits.handler is not None:
+                return traits.handler(self, func, args, kwargs, lowered, lowered_kwargs)
+            if traits.is_random:
+                raise CaptureError(f"{traits.name} draws random numbers in a way that is not supported; {RANDOM_WAY_OUT}")
+            if traits.is_write:
+                return self._record_write(func, args, kwargs, lowered, lowered_kwargs)
+            return self._record(traits, func, args, kwargs, lowered, lowered_kwargs)
+        except torch_compat.DYNAMIC_OUTPUT_ERRORS as error:
+            raise CaptureError(f"{_dynamic_text(func)} {self.here()}") from error
+        except CaptureError as error:
+            if " at " in str(error) or "in the model" in str(error):
+                raise
+            raise CaptureError(f"{error} ({self.here()})") from error
+
+    def here(self) -> str:
+        """The module and user's line now running, for error texts."""
+        return place(self._origin.path, self._origin.line)
+
+    def _find_origin(self) -> Origin:
+        if self.phase == "fwd":
+            origin = Origin(self.stack[-1], "fwd", user_line(3))
+            self._origins.setdefault(torch_compat.forward_sequence_number(), origin)
+            return origin
+        forward = self._origins.get(torch_compat.backward_sequence_number())
+        if forward is None:
+            return Origin("", "bwd", "")
+        return Origin(forward.path, "bwd", forward.line, forward.partner)
+
+    def _record(self, traits: _Traits, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            val = self.val(out)
+            source = args[0] if args else None
+            if (traits.maybe_nothing or traits.maybe_copy) and self.values.ref(source).val is val:  # type: ignore[union-attr]
+                self._bind_same(out, lowered[0], val, source, traits.maybe_copy)
+                return out
+            undone = _undone(func, traits.name, lowered, val) if traits.maybe_nothing else None
+            node = undone or self.emit(func, lowered, lowered_kwargs, val)
+            if traits.is_view:
+                self.values.bind_view(out, node, val, source, View(func, lowered[1:], lowered_kwargs))
+            else:
+                self.values.bind(out, node, val)
+            self._leads(node)
+            return out
+        self.bind_all(func, out, lowered, lowered_kwargs, args[0] if traits.is_view else None)
+        return out
+
+    def _bind_same(self, out: torch.Tensor, node: fx.Node, val: torch.Tensor, source: torch.Tensor, is_copy: bool) -> None:
+        if is_copy:
+            self.values.bind(out, node, val)
+        else:
+            self.values.bind_view(out, node, val, source, None)
+
+    def bind_all(self, target: Any, out: Any, lowered: Any, lowered_kwargs: Any, view_of: torch.Tensor | None = None) -> fx.Node:
+        """Record an op with several results, one `getitem` per tensor; views where `view_of` is given."""
+        vals = tuple(self.val(o) if isinstance(o, torch.Tensor) else None for o in out)
+        node = self.emit(target, lowered, lowered_kwargs, vals)
+        for i, (o, val) in enumerate(zip(out, vals, strict=True)):
+            if val is None:
+                continue
+            item = self.emit(operator.getitem, (node, i), {}, val)
+            if view_of is None:
+                self.values.bind(o, item, val)
+            else:
+                self.values.bind_view(o, item, val, view_of, View(target, lowered[1:], lowered_kwargs, i))
+        self._leads(node)
+        return node
+
+    def _leads(self, node: fx.Node) -> None:
+        """The node is what backward ops of the running forward op name as their partner."""
+        if self._origin.phase == "fwd" and self._origin.partner is None:
+            self._origin.partner = node
+
+    def _record_write(self, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+        """An in-place or out= op: record its functional form, then rebind what it wrote."""
+        functional = torch_compat.functional_overload(func)
+        written = torch_compat.mutated_arguments(func)
+        if functional is None or len(written) != 1:
+            raise CaptureError(
+                f"{func} works in place in a way that is not supported; use the op without the trailing underscore (`x = x.op()`)"
+            )
+        position, name = written[0]
+        target = kwargs[name] if name in kwargs else args[position]
+        drop_out = {k: v for k, v in kwargs.items() if k != name}
+        result = functional(*args, **drop_out)
+        node = self.emit(functional, lowered, {k: v for k, v in lowered_kwargs.items() if k != name}, self.val(result))
+        out = func(*args, **kwargs)
+        self.store(target, node)
+        self._leads(node)
+        return out
+
+    def store(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        """`tensor` was written in place with the value of `node`, which is cast and broadcast to it as needed."""
+        val, want = node.meta["val"], self.val(tensor)
+        if val.dtype != want.dtype:
+            val = self.val_of(tuple(val.shape), val.stride(), want.dtype)
+            node = self.emit(aten._to_copy.default, (node,), {"dtype": want.dtype}, val)
+        if val.shape != want.shape:
+            val = self.val_of(tuple(want.shape), (0,) * want.dim(), want.dtype)
+            node = self.emit(aten.expand.default, (node, list(want.shape)), {}, val)
+        if val.stride() != want.stride() and want.is_contiguous():
+            node = self.emit(aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, want)
+        self.values.write(tensor, node)
+
+    def random_id(self) -> int:
+        """A number of its own for each random op, in order of execution."""
+        self.num_random += 1
+        return self.num_random - 1
+
+    def seed_node(self) -> fx.Node:
+        """The graph input that random ops take; made at first use."""
+        if self.seed is None:
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                self.seed = self.graph.placeholder("seed")
+            self.seed.meta["val"] = self.val_of((), (), torch.int64)
+        return self.seed
+
+    # Arguments
+
+    def lower(self, arg: Any) -> Any:
+        """An argument of an op as the graph writes it."""
+        if isinstance(arg, torch.Tensor):
+            return self.values.read(arg)
+        if isinstance(arg, (list, tuple)):
+            return [self.lower(a) for a in arg]
+        return arg
+
+    def _constant(self, tensor: torch.Tensor) -> fx.Node:
+        """A tensor that is no input of the graph: its values become part of the graph."""
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            raise CaptureError(
+                "a tensor is used that is neither parameter, buffer nor part of the batch and has no value; "
+                "register it on its module with `register_buffer`"
+            )
+        if tensor.numel() > MAX_CONSTANT_ELEMENTS:
+            raise CaptureError(
+                f"a tensor of {tensor.numel()} elements is used that is neither parameter, buffer nor part of the batch; "
+                "register it on its module with `register_buffer`"
+            )
+        val = self.val_of(tuple(tensor.shape), None, tensor.dtype)
+        with torch_compat.no_dispatch_modes():
+            on_cpu = tensor.detach().cpu()
+            values = on_cpu.reshape(-1).tolist()
+        shape = list(tensor.shape)
+        if values and all(v == values[0] for v in values):
+            node = self.emit(aten.full.default, (shape, values[0]), {"dtype": tensor.dtype}, val)
+        else:
+            node = self.emit(torch.ops.opweave.constant.default, (shape, values, tensor.dtype), {}, val)
+        stand_in = self.fake.from_tensor(on_cpu)
+        self.values.bind(tensor, node, val)
+        self.values.bind_view(stand_in, node, val, tensor, None)
+        self._replaced[id(tensor)] = (tensor, stand_in)
+        return node
+
+    def _without_constants(self, arg: Any) -> Any:
+        if isinstance(arg, torch.Tensor):
+            return self._replaced[id(arg)][1] if id(arg) in self._replaced else arg
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(self._without_constants(a) for a in arg)
+        if isinstance(arg, dict):
+            return {k: self._without_constants(v) for k, v in arg.items()}
+        return arg
+
+
+RANDOM_WAY_OUT = "dropout, bernoulli, rand and randn are; make other random values outside the model and pass them in the batch"
+
+
+def _name(target: Any) -> str:
+    return "getitem" if target is operator.getitem else target._overloadpacket.__name__
+
+
+def _undone(func: Any, name: str, lowered: Any, val: torch.Tensor) -> fx.Node | None:
+    """The node x where the call is view(view(x)) and gives back x."""
+    inner = lowered[0]
+    if not isinstance(inner, fx.Node) or inner.op != "call_function" or inner.target is operator.getitem:
+        return None
+    source = inner.args[0] if inner.args else None
+    if not isinstance(source, fx.Node) or source.meta["val"] is not val:
+        return None
+    inner_name = _name(inner.target)
+    if name in _RESHAPES and inner_name in _RESHAPES:
+        return source
+    if name in ("t", "transpose") and inner.target is func and inner.args[1:] == tuple(lowered[1:]):
+        return source
+    return None
+
+
+def _key(arg: Any) -> Any:
+    """A hashable stand-in for an argument; numbers that are equal but of another type (1, 1.0, True) differ."""
+    if isinstance(arg, fx.Node):
+        return arg
+    if isinstance(arg, (list, tuple)):
+        return tuple([_key(a) for a in arg])
+    if isinstance(arg, dict):
+        return tuple([(k, _key(v)) for k, v in arg.items()])
+    return repr(arg) if isinstance(arg, float) else (type(arg), arg)
+
+
+def _dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _on_cpu(kwargs: Any) -> dict[str, Any]:
+    """Keyword arguments with any device replaced by the CPU: fake tensors of other devices are never made."""
+    if not kwargs:
+        return {}
+    if kwargs.get("device") is not None:
+        return {**kwargs, "device": torch.device("cpu"), "pin_memory": None} if "pin_memory" in kwargs else {
+            **kwargs, "device": torch.device("cpu")
+        }  # fmt: skip
+    return kwargs
+
+
+def _dynamic_text(func: Any) -> str:
+    name = func._overloadpacket.__name__
+    if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
+        return (
+            "a Python value is taken from a tensor (`.item()`, `int(x)`, `if x.any():` or the like); a captured step runs the same ops for "
+            "every batch. Compute with tensors instead (torch.where), or pass the value in the batch as a Python number;"
+        )
+    return (
+        f"the result of {name} has a shape that depends on data (nonzero, boolean-mask indexing, unique or the like); use torch.where or "
+        "masked_fill, which keep the shape;"
+    )
+
+
+_TRAITS: dict[Any, _Traits] = {}
+
+
+def _find_traits(func: Any) -> _Traits:
+    from .capture_translate import HANDLERS  # the handlers need the recorder's type
+
+    name = func._overloadpacket.__name__
+    returns = func._schema.returns
+    is_write = torch_compat.is_mutable(func)
+    is_view = not is_write and any(r.alias_info is not None for r in returns)
+    handler = HANDLERS.get(func) or HANDLERS.get(name)
+    traits = _Traits(
+        name=name,
+        handler=handler,
+        is_view=is_view,
+        is_write=is_write,
+        is_random=torch_compat.is_random(func),
+        maybe_nothing=name in _VIEWS_THAT_MAY_BE_NOTHING,
+        maybe_copy=name in _COPIES_THAT_MAY_BE_NOTHING,
+    )
+    _TRAITS[func] = traits
+    return traits
