@@ -11,6 +11,7 @@ Result: `FactorMap.dims(value)`, the factors of each dim, and `FactorMap.bind(op
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ class BoundOp:
     results: tuple[tuple[int, ...] | None, ...]
     linear: tuple[tuple[int, ...], ...]
     reduce: str
+    opaque: bool = False
 
 
 def result_values(node: fx.Node) -> list[fx.Node | None]:
@@ -104,13 +106,17 @@ class _Classes:
 class FactorMap:
     """Factors of every value and atoms of every op of a graph, given each op's rule (None: the op runs replicated)."""
 
-    def __init__(self, graph: fx.Graph, rules: dict[fx.Node, Rule | None]) -> None:
+    def __init__(
+        self, graph: fx.Graph, rules: dict[fx.Node, Rule | None], refuse: Callable[[fx.Node, RuleError], None] | None = None
+    ) -> None:
+        """refuse: told of an op whose rule does not fit it, which then runs replicated; without it the RuleError is raised."""
         self._classes = _Classes()
         self._dims: dict[fx.Node, tuple[int, ...]] = {}
         self._letters: dict[fx.Node, dict[str, int]] = {}
         self._constraints: list[Constraint] = []
         self._rules = rules
         self._cache: dict[int, tuple[int, ...]] = {}
+        self._bound: dict[fx.Node, BoundOp] = {}
         for node in graph.nodes:
             if node.op == "placeholder" or (node.op == "call_function" and not is_getitem(node)):
                 for value in result_values(node):
@@ -118,8 +124,16 @@ class FactorMap:
                         self._dims[value] = tuple(self._classes.new(int(s)) for s in value.meta["val"].shape)
         for node, rule in rules.items():
             if rule is not None:
-                self._letters[node] = self._tie(node, rule)
+                try:
+                    self._letters[node] = self._tie(node, rule)
+                except RuleError as error:
+                    if refuse is None:
+                        raise
+                    refuse(node, error)
+                    rules[node] = None
         self.rounds = self._fixpoint()
+        self._atom_parent: dict[int, int] = {}
+        self._tie_atoms()
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -218,6 +232,25 @@ class FactorMap:
             assert rounds < 1000, "factor boundaries do not settle"
         return rounds
 
+    def _tie_atoms(self) -> None:
+        """Atoms on the two sides of a view are the same quantity."""
+        find = self._classes.find
+        for a, b in self._constraints:
+            left = [find(c) * 64 + i for c in a for i in range(len(self._factors(c)))]
+            right = [find(c) * 64 + i for c in b for i in range(len(self._factors(c)))]
+            if [f for c in a for f in self._factors(c)] == [f for c in b for f in self._factors(c)]:
+                for x, y in zip(left, right, strict=True):
+                    x, y = self.atom_root(x), self.atom_root(y)
+                    if x != y:
+                        self._atom_parent[y] = x
+
+    def atom_root(self, atom: int) -> int:
+        """Representative of an atom's quantity."""
+        parent = self._atom_parent
+        while atom in parent:
+            atom = parent[atom]
+        return atom
+
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _factors(self, cls: int) -> tuple[int, ...]:
@@ -235,15 +268,27 @@ class FactorMap:
         return tuple(f for c in self._dims[value] for f in self._factors(c))
 
     def class_ids(self, value: fx.Node) -> tuple[int, ...]:
-        """For each atom of a value the id of (dimension class, factor): equal ids are the same quantity anywhere in the graph."""
-        return tuple(self._classes.find(c) * 64 + i for c in self._dims[value] for i in range(len(self._factors(c))))
+        """For each atom of a value the id of its quantity: equal ids are the same thing anywhere in the graph (the batch, say)."""
+        return tuple(
+            self.atom_root(self._classes.find(c) * 64 + i) for c in self._dims[value] for i in range(len(self._factors(c)))
+        )
 
     def splits(self, value: fx.Node) -> tuple[tuple[int, int], ...]:
         """For each atom of a value its (dim, factor index), as `ShardSpec` names it."""
         return tuple((d, i) for d, c in enumerate(self._dims[value]) for i in range(len(self._factors(c))))
 
+    def opaque_ops(self) -> list[fx.Node]:
+        """Ops that have a rule but whose boundaries do not nest, so that they run replicated."""
+        return [node for node, rule in self._rules.items() if rule is not None and self.bind(node).opaque]
+
     def bind(self, node: fx.Node) -> BoundOp:
         """The op's rule over atoms. An op without a rule binds to one whose atoms are all needed whole."""
+        found = self._bound.get(node)
+        if found is None:
+            found = self._bound[node] = self._bind(node)
+        return found
+
+    def _bind(self, node: fx.Node) -> BoundOp:
         rule = self._rules.get(node)
         if rule is None:
             return self._opaque(node)
@@ -257,7 +302,9 @@ class FactorMap:
             parts = self._factors(cls)
             ids[letter] = list(range(len(sizes), len(sizes) + len(parts)))
             sizes.extend(parts)
-            flags.extend([rule.flags.get(letter, "")] * len(parts))
+            flag = rule.flags.get(letter, "")
+            # With help only the outermost factor can be split: a local piece is then one contiguous range.
+            flags.extend([flag] + [flag and "!"] * (len(parts) - 1) if parts else [])
             names.extend([letter] if len(parts) == 1 else [f"{letter}.{i}" for i in range(len(parts))])
         bad: set[int] = set()
 
@@ -302,7 +349,7 @@ class FactorMap:
             results = (None,) * len(results_of(node))
         return BoundOp(
             sizes=tuple(sizes), flags=("!",) * len(sizes), names=tuple(f"x{i}" for i in range(len(sizes))),
-            operands=operands, results=results, linear=(), reduce="sum",
+            operands=operands, results=results, linear=(), reduce="sum", opaque=True,
         )
 
 

@@ -8,6 +8,7 @@ Grammar (blank-separated; one group of dims per tensor operand and per tensor re
     dim     := letter flag? | "(" (letter flag?)+ ")" | "1"
     flag    := "!"  every device needs the whole letter
              | "*"  the letter can be split with help: a local form of the op in `local_ops` takes care of it
+             | "#"  the same, and that form exchanges what it must: results without the letter are complete, not partial
 
 - A letter in operands and results can be split: each device owns a slice.
 - A letter in operands only is reduced: splitting it leaves a partial result (`reduce` of the rule: sum, max or min).
@@ -41,7 +42,7 @@ class RuleError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A parsed rule. `flags` maps a letter to "!" or "*"; letters not in it are free."""
+    """A parsed rule. `flags` maps a letter to "!", "*" or "#"; letters not in it are free."""
 
     operands: tuple[TensorDims, ...]
     results: tuple[TensorDims, ...]
@@ -50,7 +51,7 @@ class Rule:
     reduce: str = "sum"
     # Sizes the rule's author knows and the shapes cannot tell: the "z" of a dim "(z f)".
     sizes: dict[str, int] = field(default_factory=dict)
-    # Views: per constraint a list of operand dims and a list of result dims that are the same elements in the same order.
+    # A view: the result has the operand's elements in the same order; dims carry no letters, factors are matched instead.
     view: bool = False
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class Rule:
         return ", ".join(map(tensor, self.operands)) + " -> " + ", ".join(map(tensor, self.results))
 
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|1|[()!*])")
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|1|[()!*#])")
 
 
 def _parse_tensor(text: str, flags: dict[str, str], rule: str) -> TensorDims:
@@ -76,13 +77,13 @@ def _parse_tensor(text: str, flags: dict[str, str], rule: str) -> TensorDims:
     while at < len(text.rstrip()):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise RuleError(f"cannot read {text[at:]!r} in rule {rule!r}: expected a letter, '1', '(', ')', '!' or '*'")
+            raise RuleError(f"cannot read {text[at:]!r} in rule {rule!r}: expected a letter, '1', '(', ')', '!', '*' or '#'")
         token, at = match.group(1), match.end()
-        if token in "!*":
+        if token in "!*#":
             if not last:
                 raise RuleError(f"{token!r} follows no letter in rule {rule!r}")
             if flags.setdefault(last, token) != token:
-                raise RuleError(f"letter {last!r} has both flags '!' and '*' in rule {rule!r}")
+                raise RuleError(f"letter {last!r} has two flags in rule {rule!r}")
         elif token == "(":
             if group is not None:
                 raise RuleError(f"nested '(' in rule {rule!r}")

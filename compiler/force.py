@@ -1,0 +1,132 @@
+"""Forced plans: the experts' recipes as restrictions of the choice graph, per mesh axis.
+
+A recipe says what one mesh axis may do; "a+b" gives axis 0 recipe a and axis 1 recipe b; a single name is used on all axes, except that
+the tensor-parallel recipes take the last axis (the fastest links) and leave the others to data parallelism. Within what is left the solver still
+picks the cheapest plan, so a recipe is as good as its expert.
+
+    ddp          ops split the batch; parameters, gradients and optimizer state whole on every device
+    zero1        ddp, with optimizer state split
+    zero2        ddp, with gradients and optimizer state split
+    zero3        ddp, with parameters, gradients and optimizer state split; parameters are gathered where they are read
+    megatron     tensor parallel: ops split weights' features (columns, rows, heads, vocabulary, experts), never batch or sequence;
+                 activations between blocks are whole
+    megatron_sp  megatron, with the sequence split where no weight is involved
+    replicate    nothing is split (a reference for one device)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import fx
+
+from .choices import Restriction
+from .factors import BoundOp, FactorMap, result_values
+from .rule import tensor_args
+from .rule_table import op_name
+from .step_graph import StepGraph
+from .strategies import is_pass
+
+RECIPES = ("ddp", "zero1", "zero2", "zero3", "megatron", "megatron_sp", "replicate")
+_TENSOR = ("megatron", "megatron_sp")
+_WEIGHT_OPS = ("mm", "bmm", "addmm", "convolution", "embedding", "opweave::moe_mlp")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantities:
+    """Which atoms of the graph are the batch and which the sequence (ids of `FactorMap.class_ids`)."""
+
+    batch: frozenset[int]
+    sequence: frozenset[int]
+
+
+def quantities(step: StepGraph, factors: FactorMap) -> Quantities:
+    """Batch: the first dim of the batch's tensors, where most of them agree on its size; sequence: the second of integer ones."""
+    placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
+    tensors = [n for n, i in zip(placeholders, step.inputs, strict=True) if i.kind == "batch" and n.meta["val"].dim() > 0]
+    if not tensors:
+        return Quantities(frozenset(), frozenset())
+    size = Counter(int(n.meta["val"].shape[0]) for n in tensors).most_common(1)[0][0]
+    batch: set[int] = set()
+    sequence: set[int] = set()
+    for n in tensors:
+        for (dim, _), atom in zip(factors.splits(n), factors.class_ids(n), strict=True):
+            if dim == 0 and n.meta["val"].shape[0] == size:
+                batch.add(atom)
+            elif dim == 1 and not n.meta["val"].is_floating_point():
+                sequence.add(atom)
+    return Quantities(frozenset(batch), frozenset(sequence))
+
+
+def op_atom_ids(node: fx.Node, bound: BoundOp, factors: FactorMap) -> dict[int, int]:
+    """For each atom of an op the id of its quantity."""
+    out: dict[int, int] = {}
+    tensors = [*zip(bound.operands, tensor_args(node), strict=True), *zip(bound.results, result_values(node), strict=False)]
+    for atoms, value in tensors:
+        if atoms is not None and value is not None:
+            out |= dict(zip(atoms, factors.class_ids(value), strict=True))
+    return out
+
+
+def recipes_per_axis(name: str, num_axes: int) -> tuple[str, ...]:
+    """The recipe of each mesh axis. Raises ValueError for an unknown name or a number of parts that does not fit the mesh."""
+    parts = tuple(part.strip() for part in name.split("+"))
+    for part in parts:
+        if part not in RECIPES:
+            raise ValueError(f"unknown forced plan {part!r}; known are {', '.join(RECIPES)}, and 'a+b' with one part per mesh axis")
+    if len(parts) == 1:
+        if parts[0] in _TENSOR:
+            return ("ddp",) * (num_axes - 1) + parts
+        return parts * num_axes
+    if len(parts) != num_axes:
+        raise ValueError(f"forced plan {name!r} has {len(parts)} parts, the mesh has {num_axes} axes; give one part per axis")
+    return parts
+
+
+def restriction(name: str, step: StepGraph, factors: FactorMap, num_axes: int) -> Restriction:
+    """What a forced plan leaves out of the choice graph."""
+    recipes = recipes_per_axis(name, num_axes)
+    known = quantities(step, factors)
+    if not known.batch and any(r.startswith(("ddp", "zero")) for r in recipes):
+        raise ValueError(f"forced plan {name!r} splits the batch, but no tensor of the batch has a dimension to split")
+    params = {n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind == "param"}
+
+    def op(node: fx.Node, bound: BoundOp, axis: int, code: int) -> bool:
+        recipe = recipes[axis]
+        if op_name(node) == "opweave::update.default":
+            if recipe in ("ddp", "replicate"):
+                return False
+            return True
+        if is_pass(code):
+            return recipe != "replicate"
+        atom = op_atom_ids(node, bound, factors).get(code, -1)
+        if recipe == "replicate":
+            return False
+        if recipe not in _TENSOR:
+            return atom in known.batch
+        if atom in known.batch:
+            return False
+        if atom in known.sequence:
+            return recipe == "megatron_sp" and not (_has_weight(node, params) and op_name(node).split(".")[0] in _WEIGHT_OPS)
+        return True
+
+    def stored(node: fx.Node, axis: int, atom: int) -> bool:
+        return recipes[axis] not in ("ddp", "zero1", "zero2", "replicate")
+
+    def gradient(node: fx.Node, axis: int, atom: int) -> bool:
+        return recipes[axis] not in ("ddp", "zero1", "replicate")
+
+    own = tuple(axis for axis, recipe in enumerate(recipes) if recipe in _TENSOR)
+    return Restriction(name=name, op=op, stored=stored, gradient=gradient, own_reads=own)
+
+
+def _has_weight(node: fx.Node, params: set[fx.Node]) -> bool:
+    """Whether an op reads a parameter, directly or through views and casts of it."""
+    for arg in tensor_args(node):
+        seen = arg
+        while seen.op == "call_function" and len(tensor_args(seen)) == 1:
+            seen = tensor_args(seen)[0]
+        if seen in params:
+            return True
+    return False

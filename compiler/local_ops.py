@@ -1,0 +1,369 @@
+"""Local forms: what one device runs for an op whose arguments or result depend on how it is cut.
+
+Most ops run unchanged on local tensors. The functions here write the others, through an `Emitter` (see `lower`): shapes become
+local shapes, starts become local starts, and letters with "*" or "#" in the rule table get their masks, offsets and exchanges.
+
+Each takes (emitter, cut, args, kwargs): `args` and `kwargs` are the op's own with local values in them, `cut` says what is split.
+They return the local result, or a tuple of results.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime import ops as runtime_ops
+
+if TYPE_CHECKING:
+    from .lower import Cut, Emitter
+
+aten = torch.ops.aten
+Args = list[Any]
+Kwargs = dict[str, Any]
+
+
+def plain(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """The op itself on local tensors."""
+    return e.op(cut.node.target, *args, **kwargs)
+
+
+def _with(cut: Cut, args: Args, kwargs: Kwargs, **new: Any) -> tuple[Args, Kwargs]:
+    """The arguments with some replaced, by schema name."""
+    args, kwargs = list(args), dict(kwargs)
+    names = [a.name for a in cut.node.target._schema.arguments]
+    for name, value in new.items():
+        at = names.index(name)
+        if at < len(args):
+            args[at] = value
+        else:
+            kwargs[name] = value
+    return args, kwargs
+
+
+def _call(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs, **new: Any) -> Any:
+    args, kwargs = _with(cut, args, kwargs, **new)
+    return e.op(cut.node.target, *args, **kwargs)
+
+
+# -- shapes ---------------------------------------------------------------------------------------------------------------
+
+
+def view(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    return e.op(aten.reshape.default, args[0], list(cut.result_shape()))
+
+
+def result_shape(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    names = [a.name for a in cut.node.target._schema.arguments]
+    if "size" not in names:
+        return plain(e, cut, args, kwargs)
+    return _call(e, cut, args, kwargs, size=list(cut.result_shape()))
+
+
+def input_size(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    return _call(e, cut, args, kwargs, input_size=list(cut.result_shape()))
+
+
+def _local_start(cut: Cut, start: int, dim: int, whole: tuple[int, ...], local: tuple[int, ...]) -> int:
+    """A start that lies on a piece boundary, in local elements."""
+    assert start * local[dim] % whole[dim] == 0, f"start {start} of {cut.node.name} is no piece boundary of {whole} cut to {local}"
+    return start * local[dim] // whole[dim]
+
+
+def slice_piece(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    whole, local = cut.operand_whole(0), cut.operand_shape(0)
+    dim = cut.argument("dim", 0) % len(whole)
+    if whole[dim] == local[dim]:
+        return plain(e, cut, args, kwargs)
+    start = cut.argument("start") or 0
+    start = _local_start(cut, start + whole[dim] if start < 0 else start, dim, whole, local)
+    return e.op(aten.slice.Tensor, args[0], dim, start, start + cut.result_shape()[dim])
+
+
+def slice_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    whole, local = cut.result_whole(), cut.result_shape()
+    dim = cut.argument("dim") % len(whole)
+    start, end = cut.argument("start") or 0, cut.argument("end")
+    if whole[dim] != local[dim]:
+        start = _local_start(cut, start + whole[dim] if start < 0 else start, dim, whole, local)
+        end = start + cut.operand_shape(0)[dim]
+    return e.op(aten.slice_backward.default, args[0], list(local), dim, start, end, cut.argument("step", 1))
+
+
+def select_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    return _call(e, cut, args, kwargs, input_sizes=list(cut.result_shape()))
+
+
+def split(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    dim = cut.argument("dim", 0)
+    whole, local = cut.operand_whole(0)[dim], cut.operand_shape(0)[dim]
+    # Only equal pieces can be cut, so every part shrinks alike.
+    sizes = [part.shape[dim] * local // whole for part in cut.node.meta["val"]]
+    return e.op(aten.split_with_sizes.default, args[0], sizes, dim)
+
+
+def group_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    local, whole = cut.operand_shape(0), cut.operand_whole(0)
+    group = cut.argument("group") * local[1] // whole[1]
+    return _call(e, cut, args, kwargs, N=local[0], C=local[1], group=group)
+
+
+def convolution(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    new: Kwargs = {"groups": cut.argument("groups") // cut.pieces("g")}
+    if "bias_sizes" in [a.name for a in cut.node.target._schema.arguments] and cut.argument("bias_sizes"):
+        new["bias_sizes"] = [cut.operand_shape(0)[1]]
+    return _call(e, cut, args, kwargs, **new)
+
+
+# -- offsets and masks ------------------------------------------------------------------------------------------------------
+
+
+def arange(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes = cut.result_axes(0)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    start, step = cut.argument("start", 0), cut.argument("step", 1)
+    local = cut.result_shape()[0]
+    first = e.op(operator.mul, e.offset(axes, local), step)
+    piece = e.op(aten.arange.start_step, start, start + local * step, step, **kwargs)
+    return e.op(aten.add.Tensor, piece, first)
+
+
+def triangle(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    rank = len(cut.result_shape())
+    rows, columns = cut.result_axes(rank - 2), cut.result_axes(rank - 1)
+    if not rows and not columns:
+        return plain(e, cut, args, kwargs)
+    local = cut.result_shape()
+    diagonal: Any = cut.argument("diagonal", 0)
+    if rows:
+        diagonal = e.op(operator.add, e.offset(rows, local[-2]), diagonal)
+    if columns:
+        diagonal = e.op(operator.sub, diagonal, e.offset(columns, local[-1]))
+    return e.op(cut.node.target, args[0], diagonal)
+
+
+def dropout_mask(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    seed, op_id, p = args[:3]
+    return e.op(runtime_ops.local_dropout_mask, seed, op_id, p, cut.result_spec(), e.coords)
+
+
+def _own_rows(e: Emitter, index: Any, axes: tuple[int, ...], size: int) -> tuple[Any, Any]:
+    """Indices counted from this device's first row, and which of them it owns."""
+    index = e.op(aten.sub.Tensor, index, e.offset(axes, size))
+    mine = e.op(aten.logical_and.default, e.op(aten.ge.Scalar, index, 0), e.op(aten.lt.Scalar, index, size))
+    return e.op(aten.mul.Tensor, index, mine), mine
+
+
+def embedding(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes = cut.operand_axes(0, 0)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    index, mine = _own_rows(e, args[1], axes, cut.operand_shape(0)[0])
+    rows = e.op(aten.embedding.default, args[0], index)
+    return e.op(aten.mul.Tensor, rows, e.op(aten.unsqueeze.default, mine, -1))
+
+
+def embedding_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes, rows = cut.result_axes(0), cut.result_shape()[0]
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    grad, index = args[:2]
+    padding = cut.argument("padding_idx", -1)
+    assert not cut.argument("scale_grad_by_freq", False), "capture refuses scale_grad_by_freq"
+    local, mine = _own_rows(e, index, axes, rows)
+    if padding >= 0:
+        mine = e.op(aten.logical_and.default, mine, e.op(aten.ne.Scalar, index, padding))
+    grad = e.op(aten.mul.Tensor, grad, e.op(aten.unsqueeze.default, mine, -1))
+    return e.op(aten.embedding_dense_backward.default, grad, local, rows, -1, False)
+
+
+def moe(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """Experts split over devices: each computes its own, from its first expert's number on."""
+    operand = 4 if "backward" not in str(cut.node.target) else 5
+    axes = cut.operand_axes(operand, 0)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    return _call(e, cut, args, kwargs, first_expert=e.offset(axes, cut.operand_shape(operand)[0]))
+
+
+# -- partial results ----------------------------------------------------------------------------------------------------------
+
+
+def mean(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """The mean of a piece, divided by the number of pieces: a partial sum of the mean."""
+    out = plain(e, cut, args, kwargs)
+    pieces = cut.num_pieces_reduced()
+    return out if pieces == 1 else e.op(aten.div.Scalar, out, pieces)
+
+
+def addmm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """The bias is added once: where the reduced dim is split, by the first device along those axes."""
+    axes = cut.operand_axes(1, 1)
+    return plain(e, cut, [e.zero_unless_first(args[0], axes) if axes else args[0], *args[1:]], kwargs)
+
+
+# -- with exchange ------------------------------------------------------------------------------------------------------------
+
+
+def _exp_and_sum(e: Emitter, x: Any, dim: int, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    top = e.all_reduce(e.op(aten.amax.default, x, [dim], True), axes, "max")
+    shifted = e.op(aten.sub.Tensor, x, top)
+    total = e.all_reduce(e.op(aten.sum.dim_IntList, e.op(aten.exp.default, shifted), [dim], True), axes, "sum")
+    return shifted, total
+
+
+def _to_result(e: Emitter, cut: Cut, x: Any) -> Any:
+    """half_to_float: a half-precision operand is computed and returned in float32."""
+    dtype = cut.node.meta["val"].dtype
+    return e.op(aten._to_copy.default, x, dtype=dtype) if cut.operand_dtype(0) != dtype else x
+
+
+def softmax(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes = cut.result_axes(cut.argument("dim"))
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    shifted, total = _exp_and_sum(e, _to_result(e, cut, args[0]), cut.argument("dim"), axes)
+    return e.op(aten.div.Tensor, e.op(aten.exp.default, shifted), total)
+
+
+def log_softmax(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes = cut.result_axes(cut.argument("dim"))
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    shifted, total = _exp_and_sum(e, _to_result(e, cut, args[0]), cut.argument("dim"), axes)
+    return e.op(aten.sub.Tensor, shifted, e.op(aten.log.default, total))
+
+
+def _back(e: Emitter, cut: Cut, x: Any) -> Any:
+    dtype = cut.node.meta["val"].dtype
+    return e.op(aten._to_copy.default, x, dtype=dtype) if cut.operand_dtype(0) != dtype else x
+
+
+def softmax_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    dim = cut.argument("dim")
+    axes = cut.result_axes(dim)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    product = e.op(aten.mul.Tensor, args[0], args[1])
+    total = e.all_reduce(e.op(aten.sum.dim_IntList, product, [dim], True), axes, "sum")
+    return _back(e, cut, e.op(aten.sub.Tensor, product, e.op(aten.mul.Tensor, args[1], total)))
+
+
+def log_softmax_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    dim = cut.argument("dim")
+    axes = cut.result_axes(dim)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    total = e.all_reduce(e.op(aten.sum.dim_IntList, args[0], [dim], True), axes, "sum")
+    scaled = e.op(aten.mul.Tensor, e.op(aten.exp.default, args[1]), total)
+    return _back(e, cut, e.op(aten.sub.Tensor, args[0], scaled))
+
+
+_MEAN = 1  # torch's code for reduction="mean"
+
+
+def nll_loss(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    rank = len(cut.operand_shape(0))
+    batch = cut.operand_axes(0, 0) if rank > 1 else ()
+    vocab = cut.operand_axes(0, rank - 1)
+    if not batch and not vocab:
+        return plain(e, cut, args, kwargs)
+    logp, target = args[0], args[1]
+    ignore = cut.argument("ignore_index", -100)
+    if not vocab:
+        total = e.op(aten.nll_loss_forward.default, logp, target, args[2], 2, ignore)
+        loss, weight = e.op(operator.getitem, total, 0), e.op(operator.getitem, total, 1)
+    else:
+        index, mine = _own_rows(e, target, vocab, cut.operand_shape(0)[-1])
+        counted = e.op(aten.ne.Scalar, target, ignore)
+        picked = e.op(aten.gather.default, logp, 1, e.op(aten.unsqueeze.default, index, 1))
+        picked = e.op(aten.mul.Tensor, e.op(aten.squeeze.dim, picked, 1), e.op(aten.logical_and.default, mine, counted))
+        loss = e.op(aten.neg.default, e.op(aten.sum.default, picked))
+        weight = e.op(aten.sum.default, e.op(aten._to_copy.default, counted, dtype=cut.operand_dtype(0)))
+    weight = e.all_reduce(weight, batch, "sum") if batch else weight
+    loss = e.all_reduce(loss, tuple(sorted(batch + vocab)), "sum")
+    return (e.op(aten.div.Tensor, loss, weight) if cut.argument("reduction") == _MEAN else loss), weight
+
+
+def nll_loss_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    rank = len(cut.result_shape())
+    vocab = cut.result_axes(rank - 1)
+    if not vocab:
+        return plain(e, cut, args, kwargs)
+    grad, logp, target, total = args[0], args[1], args[2], args[6]
+    index, mine = _own_rows(e, target, vocab, cut.result_shape()[-1])
+    counted = e.op(aten.logical_and.default, mine, e.op(aten.ne.Scalar, target, cut.argument("ignore_index", -100)))
+    if cut.argument("reduction") == _MEAN:
+        grad = e.op(aten.div.Tensor, grad, total)
+    value = e.op(aten.mul.Tensor, e.op(aten.neg.default, grad), counted)
+    zeros = e.op(aten.zeros_like.default, logp)
+    return e.op(aten.scatter.src, zeros, 1, e.op(aten.unsqueeze.default, index, 1), e.op(aten.unsqueeze.default, value, 1))
+
+
+def _per_channel(e: Emitter, x: Any, rank: int) -> Any:
+    """A (C,) tensor shaped to broadcast over (N, C, ...)."""
+    return e.op(aten.reshape.default, x, [1, -1] + [1] * (rank - 2))
+
+
+def batch_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """Two passes over the global batch: mean, then variance of what is left."""
+    axes = cut.operand_axes(0, 0)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    x = args[0]
+    whole, rank = cut.operand_whole(0), len(cut.operand_whole(0))
+    count = torch.Size(whole).numel() // whole[1]
+    dims = [0, *range(2, rank)]
+    compute = torch.promote_types(cut.operand_dtype(0), torch.float32)
+    xf = e.op(aten._to_copy.default, x, dtype=compute) if compute != cut.operand_dtype(0) else x
+    mean = e.op(aten.div.Scalar, e.all_reduce(e.op(aten.sum.dim_IntList, xf, dims), axes, "sum"), count)
+    centred = e.op(aten.sub.Tensor, xf, _per_channel(e, mean, rank))
+    squares = e.op(aten.sum.dim_IntList, e.op(aten.mul.Tensor, centred, centred), dims)
+    var = e.op(aten.div.Scalar, e.all_reduce(squares, axes, "sum"), count)
+    rstd = e.op(aten.rsqrt.default, e.op(aten.add.Scalar, var, cut.argument("eps")))
+    out = e.op(aten.mul.Tensor, centred, _per_channel(e, rstd, rank))
+    weight, bias = args[1], args[2]
+    if weight is not None:
+        out = e.op(aten.mul.Tensor, out, _per_channel(e, weight, rank))
+    if bias is not None:
+        out = e.op(aten.add.Tensor, out, _per_channel(e, bias, rank))
+    if compute != cut.operand_dtype(0):
+        out = e.op(aten._to_copy.default, out, dtype=cut.operand_dtype(0))
+    running = [cut.argument("running_mean"), cut.argument("running_var")]
+    if running[0] is None:
+        return out, mean, rstd
+    momentum = cut.argument("momentum")
+    unbiased = e.op(aten.mul.Scalar, var, count / max(count - 1, 1))
+    moved = [
+        e.op(aten.add.Tensor, e.op(aten.mul.Scalar, old, 1 - momentum), e.op(aten.mul.Scalar, new, momentum))
+        for old, new in ((args[3], mean), (args[4], unbiased))
+    ]
+    return out, mean, rstd, *moved
+
+
+def batch_norm_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    axes = cut.operand_axes(0, 0)
+    if not axes:
+        return plain(e, cut, args, kwargs)
+    grad, x, weight = args[:3]
+    mean, rstd = args[5], args[6]
+    whole, rank = cut.operand_whole(0), len(cut.operand_whole(0))
+    count = torch.Size(whole).numel() // whole[1]
+    dims = [0, *range(2, rank)]
+    compute = torch.promote_types(cut.operand_dtype(0), torch.float32)
+    if compute != cut.operand_dtype(0):
+        grad, x = (e.op(aten._to_copy.default, t, dtype=compute) for t in (grad, x))
+    scale = _per_channel(e, rstd, rank)
+    normal = e.op(aten.mul.Tensor, e.op(aten.sub.Tensor, x, _per_channel(e, mean, rank)), scale)
+    db = e.all_reduce(e.op(aten.sum.dim_IntList, grad, dims), axes, "sum")
+    dw = e.all_reduce(e.op(aten.sum.dim_IntList, e.op(aten.mul.Tensor, grad, normal), dims), axes, "sum")
+    inner = e.op(aten.sub.Tensor, grad, _per_channel(e, e.op(aten.div.Scalar, db, count), rank))
+    shift = e.op(aten.mul.Tensor, normal, _per_channel(e, e.op(aten.div.Scalar, dw, count), rank))
+    dx = e.op(aten.mul.Tensor, e.op(aten.sub.Tensor, inner, shift), scale)
+    if weight is not None:
+        dx = e.op(aten.mul.Tensor, dx, _per_channel(e, weight, rank))
+    if compute != cut.operand_dtype(0):
+        dx = e.op(aten._to_copy.default, dx, dtype=cut.operand_dtype(0))
+    return dx, dw, db

@@ -1,0 +1,488 @@
+"""Lowering: step graph + assignment → the local program of a rank. The only code that writes graphs.
+
+Each op is emitted on local tensors, its operands brought into the layouts its strategy wants. A layout change is the list of
+`reshard.steps`; its last collective starts where the tensor is ready and is waited for at its first use, so gradient reductions run beside
+the backward pass. Small gradient collectives of one kind and group are sent together (`bucket_bytes`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..runtime import collectives, update
+from ..runtime.program import LocalProgram, Port
+from ..runtime.sharding import ShardSpec
+from . import local_ops
+from .factors import BoundOp, FactorMap, is_getitem, result_values
+from .layout import PARTIAL_NAME, Layout, num_pieces, replicated, spec_of
+from .reshard import Step, steps
+from .rule import tensor_args
+from .rule_table import argument, op_name, row_of
+from .step_graph import GraphInput, StepGraph
+from .strategies import OpStrategy
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are sent together up to this many bytes (the default of torch's DistributedDataParallel, bucket_cap_mb=25)."""
+
+_UPDATE = "opweave::update.default"
+
+
+@dataclass(slots=True)
+class Assignment:
+    """Every decision, by graph node. Values not in `kept` stay as produced; (value, phase) not in `reads` is read as kept."""
+
+    mesh: tuple[int, ...]
+    ops: dict[fx.Node, OpStrategy] = field(default_factory=dict)
+    inputs: dict[fx.Node, Layout] = field(default_factory=dict)
+    kept: dict[fx.Node, Layout] = field(default_factory=dict)
+    reads: dict[tuple[fx.Node, str], Layout] = field(default_factory=dict)
+
+
+class Emitter:
+    """Writes nodes of the local graph; the interface `local_ops` uses."""
+
+    def __init__(self, mesh: tuple[int, ...], device: str = "cpu") -> None:
+        self.mesh = mesh
+        self.graph = fx.Graph()
+        self.device = device
+        self.coords = self.graph.placeholder("coords")
+        self.collective_axes: set[tuple[int, ...]] = set()
+
+    def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """One call."""
+        if "device" in kwargs and kwargs["device"] is not None:
+            kwargs["device"] = torch.device(self.device)
+        return self.graph.create_node("call_function", target, args, kwargs)
+
+    def start(self, target: Callable[..., Any], x: Any, axes: tuple[int, ...], *args: Any) -> fx.Node:
+        """Start a collective; wait with `wait`."""
+        self.collective_axes.add(axes)
+        return self.op(target, x, axes, *args)
+
+    def wait(self, pending: fx.Node) -> fx.Node:
+        """The result of a started collective."""
+        return self.op(collectives.wait, pending)
+
+    def all_reduce(self, x: fx.Node, axes: tuple[int, ...], kind: str) -> fx.Node:
+        """Combine over axes and wait. kind: sum, max or min."""
+        return self.wait(self.start(collectives.all_reduce, x, axes, kind))
+
+    def offset(self, axes: tuple[int, ...], local_size: int) -> fx.Node:
+        """The first global index of this device's contiguous piece."""
+        return self.op(collectives.shard_offset, self.coords, axes, self._sizes(axes), local_size)
+
+    def zero_unless_first(self, x: fx.Node, axes: tuple[int, ...]) -> fx.Node:
+        """A replicated tensor as a partial sum."""
+        return self.op(collectives.zero_unless_first, x, self.coords, axes)
+
+    def take(self, x: fx.Node, axes: tuple[int, ...], dim: int, outer: int) -> fx.Node:
+        """This device's slice."""
+        return self.op(collectives.take_shard, x, self.coords, axes, self._sizes(axes), dim, outer)
+
+    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.mesh[a] for a in axes)
+
+
+@dataclass(slots=True)
+class Cut:
+    """How one op is cut; what a local form asks."""
+
+    node: fx.Node
+    bound: BoundOp
+    strategy: OpStrategy
+    operands: list[ShardSpec]
+    results: list[ShardSpec | None]
+    mesh: tuple[int, ...]
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument of the global op by schema name."""
+        return argument(self.node, name, default)
+
+    def operand_shape(self, index: int) -> tuple[int, ...]:
+        return self.operands[index].local_shape()
+
+    def operand_whole(self, index: int) -> tuple[int, ...]:
+        return self.operands[index].shape
+
+    def operand_dtype(self, index: int) -> torch.dtype:
+        return tensor_args(self.node)[index].meta["val"].dtype
+
+    def result_shape(self, index: int = 0) -> tuple[int, ...]:
+        return self._result(index).local_shape()
+
+    def result_whole(self, index: int = 0) -> tuple[int, ...]:
+        return self._result(index).shape
+
+    def result_spec(self, index: int = 0) -> ShardSpec:
+        return self._result(index)
+
+    def _result(self, index: int) -> ShardSpec:
+        spec = self.results[index]
+        assert spec is not None, f"result {index} of {self.node.name} is unused and has no layout"
+        return spec
+
+    def operand_axes(self, index: int, dim: int) -> tuple[int, ...]:
+        """Mesh axes that split a dim of an operand, ascending."""
+        return _axes_of(self.operands[index], dim)
+
+    def result_axes(self, dim: int, index: int = 0) -> tuple[int, ...]:
+        """Mesh axes that split a dim of a result, ascending."""
+        return _axes_of(self._result(index), dim)
+
+    def pieces(self, letter: str) -> int:
+        """Into how many pieces a letter of the rule is cut."""
+        names = self.bound.names
+        axes = zip(self.strategy.codes, self.mesh, strict=True)
+        return math.prod(n for c, n in axes if c >= 0 and names[c].split(".")[0] == letter)
+
+    def num_pieces_reduced(self) -> int:
+        """Into how many pieces the reduced letters are cut."""
+        atoms = self.bound.results[0] or ()
+        return math.prod(n for c, n in zip(self.strategy.codes, self.mesh, strict=True) if c >= 0 and c not in atoms)
+
+
+def _axes_of(spec: ShardSpec, dim: int) -> tuple[int, ...]:
+    dim = dim % len(spec.shape)
+    return tuple(a for a, entry in enumerate(spec.axes) if isinstance(entry, tuple) and entry[0] == dim)
+
+
+@dataclass(slots=True)
+class _Later:
+    """A tensor whose last collective is under way: emitted `wait` on first use."""
+
+    get: Callable[[], fx.Node]
+    node: fx.Node | None = None
+
+    def __call__(self) -> fx.Node:
+        if self.node is None:
+            self.node = self.get()
+        return self.node
+
+
+def _ready(node: fx.Node) -> _Later:
+    return _Later(lambda: node, node)
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Tensors waiting to be sent together."""
+
+    items: list[tuple[fx.Node, tuple[Any, ...]]] = field(default_factory=list)
+    num_bytes: float = 0.0
+    sent: fx.Node | None = None
+
+
+class Lowering:
+    """Lowers one step graph under one assignment."""
+
+    def __init__(
+        self, step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:  # fmt: skip
+        self.step, self.factors, self.plan = step, factors, assignment
+        self.mesh = assignment.mesh
+        self.e = Emitter(self.mesh, device)
+        self._optimizer = optimizer
+        self._bucket_bytes = bucket_bytes
+        self._whole = replicated(len(self.mesh))
+        self._raw: dict[fx.Node, tuple[fx.Node, Layout]] = {}
+        self._kept: dict[fx.Node, _Later] = {}
+        self._copies: dict[tuple[fx.Node, str, Layout], _Later] = {}
+        self._buckets: dict[tuple[Any, ...], _Bucket] = {}
+        self._update_of: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self._updates: list[fx.Node] = []
+        self._gradients: set[fx.Node] = set()
+        self._infos: dict[fx.Node, GraphInput] = {}
+
+    def run(self) -> LocalProgram:
+        """The whole program."""
+        placeholders = [n for n in self.step.graph.nodes if n.op == "placeholder"]
+        self._infos = dict(zip(placeholders, self.step.inputs, strict=True))
+        for node in self.step.ops:
+            if op_name(node) == _UPDATE:
+                param, grad, *state = tensor_args(node)
+                self._gradients.add(grad)
+                for s in (param, *state):
+                    self._update_of[s] = (node, param)
+        inputs = tuple(self._input(node, info) for node, info in self._infos.items())
+        for node in self.step.ops:
+            if is_getitem(node):
+                continue
+            if op_name(node) == _UPDATE:
+                self._updates.append(node)
+            else:
+                self._op(node)
+        new_values = self._run_updates()
+        outputs, ports = self._outputs(new_values)
+        self.e.graph.output(tuple(outputs))
+        self.e.graph.eliminate_dead_code()
+        return LocalProgram(mesh=self.mesh, graph=self.e.graph, inputs=inputs, outputs=tuple(ports), optimizer=self._optimizer)
+
+    # -- inputs and outputs -------------------------------------------------------------------------------------------
+
+    def spec(self, value: fx.Node, layout: Layout) -> ShardSpec:
+        """The ShardSpec of a value in a layout."""
+        shape = tuple(int(s) for s in value.meta["val"].shape)
+        return spec_of(layout, shape, self.factors.dims(value), self.factors.splits(value), self.mesh)
+
+    def _input(self, node: fx.Node, info: GraphInput) -> Port:
+        local = self.e.graph.placeholder(node.name)
+        if info.kind == "state":
+            update_op, _ = self._update_of[node]
+            layout = self.plan.ops[update_op].operands[tensor_args(update_op).index(node)]
+        else:
+            layout = self.plan.inputs.get(node, self._whole)
+        self._raw[node] = (local, layout)
+        return Port(
+            name=node.name, kind=info.kind, fqn=info.fqn, slot=info.slot, group=info.group, dtype=node.meta["val"].dtype,
+            spec=self.spec(node, layout),
+        )  # fmt: skip
+
+    def _outputs(self, new_values: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]) -> tuple[list[fx.Node], list[Port]]:
+        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        nodes: list[fx.Node] = []
+        ports: list[Port] = []
+        for value, info in zip(out.args[0], self.step.outputs, strict=True):
+            key = (info.kind, info.fqn, info.slot)
+            if key in new_values:
+                node, spec = new_values[key]
+            else:
+                node, spec = self.get(value, "output", self._whole), self.spec(value, self._whole)
+            nodes.append(node)
+            dtype = value.meta["val"].dtype
+            ports.append(Port(name=value.name, kind=info.kind, fqn=info.fqn, slot=info.slot, dtype=dtype, spec=spec))
+        return nodes, ports
+
+    # -- ops ------------------------------------------------------------------------------------------------------------
+
+    def _op(self, node: fx.Node) -> None:
+        bound = self.factors.bind(node)
+        chosen = self.plan.ops[node]
+        args = tensor_args(node)
+        phase = node.meta["op"].phase
+        local: dict[int, fx.Node] = {i: self.get(v, phase, layout) for i, (v, layout) in enumerate(zip(args, chosen.operands, strict=True))}
+        result = self.emit_op(node, bound, chosen, local)
+        values = result_values(node)
+        for index, value in enumerate(values):
+            if value is None:
+                continue
+            if isinstance(result, (tuple, list)):
+                piece = result[index]
+            elif value is node:
+                piece = result
+            else:
+                piece = self.e.op(operator.getitem, result, index)
+            layout = chosen.results[index]
+            assert layout is not None, f"result {index} of {node.name} has no layout"
+            self._raw[value] = (piece, layout)
+            if value in self.plan.kept and self.plan.kept[value] != layout:
+                self._kept[value] = self._reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+
+    def emit_op(self, node: fx.Node, bound: BoundOp, chosen: OpStrategy, local: dict[int, fx.Node]) -> Any:
+        """One op on local operands (by operand index); the local result or a tuple of results."""
+        serial = iter(range(len(local)))
+
+        def replace(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                assert isinstance(arg.meta["val"], torch.Tensor), f"{arg.name} is no tensor"
+                return local[next(serial)]
+            if isinstance(arg, (list, tuple)):
+                return [replace(a) for a in arg]
+            return arg
+
+        args = [replace(a) for a in node.args]
+        kwargs = {k: replace(v) for k, v in node.kwargs.items()}
+        row = row_of(node)
+        values = tensor_args(node)
+        whole_results = result_values(node)
+        cut = Cut(
+            node=node, bound=bound, strategy=chosen, mesh=self.mesh,
+            operands=[self.spec(v, layout) for v, layout in zip(values, chosen.operands, strict=True)],
+            results=[
+                self.spec(v, layout) if v is not None and layout is not None else None
+                for v, layout in zip(whole_results, chosen.results, strict=False)
+            ],
+        )  # fmt: skip
+        form = row.local if row is not None and row.local is not None else local_ops.plain
+        return form(self.e, cut, args, kwargs)
+
+    # -- layouts ----------------------------------------------------------------------------------------------------------
+
+    def get(self, value: fx.Node, phase: str, layout: Layout) -> fx.Node:
+        """The local tensor of a value in a layout, for a reader of a phase."""
+        found = self._copies.get((value, phase, layout))
+        if found is None:
+            found = self._copies[value, phase, layout] = self._read(value, phase, layout)
+        return found()
+
+    def _read(self, value: fx.Node, phase: str, layout: Layout) -> _Later:
+        node, have = self._raw[value]
+        if value in self._kept:
+            kept = self._kept[value]
+            have = self.plan.kept[value]
+            if have == self.plan.reads.get((value, phase), have) == layout:
+                return kept
+            node = kept()
+        read = self.plan.reads.get((value, phase), have)
+        if read != have:
+            key = (value, phase + "/read", read)
+            if key not in self._copies:
+                self._copies[key] = self._reshard(value, node, have, read)
+            if read == layout:
+                return self._copies[key]
+            node = self._copies[key]()
+        return self._reshard(value, node, read, layout)
+
+    def _reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> _Later:
+        way = steps(source, target, self.mesh)
+        later = _ready(node)
+        for i, step in enumerate(way):
+            last = i == len(way) - 1
+            later = self._step(value, later(), step, bucket=bucket and last)
+        return later
+
+    def _step(self, value: fx.Node, x: fx.Node, step: Step, *, bucket: bool) -> _Later:
+        spec = self.spec(value, step.before)
+        axes = (step.axis,)
+        e = self.e
+        if step.kind == "slice":
+            return _ready(e.take(x, axes, *self._place(value, spec, step.target)))
+        if step.kind == "zero":
+            return _ready(e.zero_unless_first(x, axes))
+        kind = PARTIAL_NAME.get(step.source, "sum")
+        if step.kind == "all_reduce":
+            if bucket:
+                return self._bucketed(value, x, spec, ("all_reduce", axes, kind), ())
+            pending = e.start(collectives.all_reduce, x, axes, kind)
+        elif step.kind == "reduce_scatter":
+            place = self._place(value, spec, step.target)
+            if bucket:
+                return self._bucketed(value, x, spec, ("reduce_scatter", axes, kind), place)
+            pending = e.start(collectives.reduce_scatter, x, axes, *place, kind)
+        elif step.kind == "all_gather":
+            place = self._place(value, spec, step.source)
+            if bucket:
+                return self._bucketed(value, x, spec, ("all_gather", axes, ""), place)
+            pending = e.start(collectives.all_gather, x, axes, *place)
+        else:
+            split, gather = self._place(value, spec, step.target), self._place(value, spec, step.source)
+            pending = e.start(collectives.all_to_all, x, axes, *split, *gather)
+        return _Later(lambda: e.wait(pending))
+
+    def _place(self, value: fx.Node, spec: ShardSpec, atom: int) -> tuple[int, int]:
+        """(dim, product of the local sizes of the dim's factors outside this atom)."""
+        dim, index = self.factors.splits(value)[atom]
+        return dim, math.prod(spec.local_factors()[dim][:index])
+
+    # -- buckets ----------------------------------------------------------------------------------------------------------
+
+    def _bucketed(self, value: fx.Node, x: fx.Node, spec: ShardSpec, key: tuple[Any, ...], place: tuple[Any, ...]) -> _Later:
+        val = value.meta["val"]
+        full = (*key, val.dtype)
+        bucket = self._buckets.setdefault(full, _Bucket())
+        at = len(bucket.items)
+        bucket.items.append((x, place))
+        bucket.num_bytes += math.prod(spec.local_shape()) * val.element_size()
+        if bucket.num_bytes >= self._bucket_bytes:
+            self._send(full)
+
+        def get() -> fx.Node:
+            if bucket.sent is None:
+                self._send(full)
+            assert bucket.sent is not None
+            if bucket.sent.target is not collectives.wait and "result" not in bucket.sent.meta:
+                bucket.sent.meta["result"] = self.e.wait(bucket.sent)
+            result = bucket.sent.meta["result"]
+            return self.e.op(operator.getitem, result, at) if len(bucket.items) > 1 else result
+
+        return _Later(get)
+
+    def _send(self, key: tuple[Any, ...]) -> None:
+        bucket = self._buckets.pop(key)
+        kind, axes, op, _ = key
+        xs = [x for x, _ in bucket.items]
+        places = [p for _, p in bucket.items]
+        if len(xs) == 1:
+            args = (*places[0], op) if op else places[0]
+            bucket.sent = self.e.start(getattr(collectives, kind), xs[0], axes, *args)
+            return
+        target = getattr(collectives, kind + "_bucket")
+        if kind == "all_reduce":
+            bucket.sent = self.e.start(target, xs, axes, op)
+        else:
+            dims, outers = [p[0] for p in places], [p[1] for p in places]
+            bucket.sent = self.e.start(target, xs, axes, dims, outers, *([op] if op else []))
+
+    # -- updates ----------------------------------------------------------------------------------------------------------
+
+    def _run_updates(self) -> dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]:
+        """One fused call per optimizer group, then the new parameters go back to the layout they are stored in."""
+        groups: dict[tuple[str, int], list[fx.Node]] = {}
+        for node in self._updates:
+            groups.setdefault((argument(node, "kind"), argument(node, "group")), []).append(node)
+        out: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]] = {}
+        done: list[tuple[fx.Node, fx.Node]] = []
+        for (kind, group), nodes in groups.items():
+            done += self._fused_update(kind, group, nodes, out)
+        new_params: list[tuple[fx.Node, Layout, _Later]] = []
+        for op, local in done:
+            param = tensor_args(op)[0]
+            made, stored = self.plan.ops[op].results[0], self.plan.inputs[param]
+            assert made is not None
+            new_params.append((param, stored, self._reshard(param, local, made, stored, bucket=True)))
+        for param, stored, later in new_params:
+            info = self._infos[param]
+            out["param", info.fqn, ""] = (later(), self.spec(param, stored))
+        return out
+
+    def _fused_update(
+        self, kind: str, group: int, nodes: list[fx.Node], out: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        params, grads, states, fqns = [], [], [], []
+        for node in nodes:
+            operands, layouts = tensor_args(node), self.plan.ops[node].operands
+            local = [self.get(v, "update", layout) for v, layout in zip(operands, layouts, strict=True)]
+            params.append(local[0])
+            grads.append(local[1])
+            states.append(local[2:])
+            fqns.append(self._infos[operands[0]].fqn)
+        result = self.e.op(update.fused_update, self._context(), params, grads, states, kind, group, fqns)
+        at = 0
+        done = []
+        for node, state in zip(nodes, states, strict=True):
+            done.append((node, self.e.op(operator.getitem, result, at)))
+            for i in range(len(state)):
+                value = tensor_args(node)[2 + i]
+                info = self._infos[value]
+                spec = self.spec(value, self._raw[value][1])
+                out["state", info.fqn, info.slot] = (self.e.op(operator.getitem, result, at + 1 + i), spec)
+            at += 1 + len(state)
+        return done
+
+    def _context(self) -> fx.Node:
+        found = next((n for n in self.e.graph.nodes if n.op == "placeholder" and n.name == "update_context"), None)
+        if found is not None:
+            return found
+        with self.e.graph.inserting_after(self.e.coords):
+            return self.e.graph.placeholder("update_context")
+
+
+def lower(
+    step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",
+    bucket_bytes: int = BUCKET_BYTES,
+) -> LocalProgram:  # fmt: skip
+    """The local program of every rank (see the module docstring)."""
+    return Lowering(step, factors, assignment, device=device, optimizer=optimizer, bucket_bytes=bucket_bytes).run()
+
+
+def local_bytes(value: fx.Node, layout: Layout, mesh: tuple[int, ...]) -> float:
+    """Bytes of one device's piece."""
+    val = value.meta["val"]
+    return val.numel() * val.element_size() / num_pieces(layout, mesh)

@@ -1,0 +1,158 @@
+"""From an analysed step to a plan: choices, prices and selection for each mesh, the best one recorded.
+
+`plan_step` is called by `api` once the step is captured and analysed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..cost_model.cluster import Cluster
+from .analyse import Analysis
+from .choices import ChoiceGraph, build_choices
+from .force import restriction
+from .lower import lower
+from .naming import module_rows, usual_names
+from .plan import Plan, decisions_of, fingerprint, to_assignment
+from .pricing import SIDE, PricedProblem, Pricer
+from .solver import Solution, solve
+
+GAP = 1e-4
+"""Plans are proven to within this share of the best possible predicted time."""
+
+
+class DoesNotFitError(ValueError):
+    """No plan stays within the memory limit."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One mesh with its solved problem."""
+
+    mesh: tuple[int, ...]
+    priced: PricedProblem
+    solution: Solution
+
+
+def plan_step(
+    analysis: Analysis, cluster: Cluster, *, mesh: tuple[int, ...] | None = None, force: str | None = None,
+    memory_limit: float | None = None, time_limit_s: float = 60.0, capture_s: float = 0.0,
+) -> Plan:  # fmt: skip
+    """The cheapest plan over the mesh candidates that fits the memory.
+
+    memory_limit: bytes per device (default: what the cluster's device has). Raises DoesNotFitError, and ValueError for a mesh that
+    is not the cluster's size.
+    """
+    started = time.perf_counter()
+    limit = float(cluster.device.usable_bytes) if memory_limit is None else float(memory_limit)
+    meshes = [_checked(mesh, cluster)] if mesh is not None else cluster.mesh_candidates()
+    times = {"capture": capture_s, "strategies": 0.0, "pricing": 0.0, "solve": 0.0, "verify": 0.0}
+    found: list[Candidate] = []
+    refused: list[Solution] = []
+    for candidate_mesh in meshes:
+        candidate = _solve(analysis, cluster, candidate_mesh, force, limit, time_limit_s, times)
+        if candidate.solution.status == "infeasible":
+            refused.append(candidate.solution)
+        else:
+            found.append(candidate)
+    if not found:
+        raise DoesNotFitError(_why_not(analysis, cluster, meshes, limit, refused))
+    best = min(found, key=lambda c: c.solution.objective)
+    plan = _record(analysis, cluster, best, found, force, times)
+    plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
+    return plan
+
+
+def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
+    if not mesh or any(n < 1 for n in mesh) or math.prod(mesh) != cluster.num_devices:
+        raise ValueError(
+            f"mesh {'x'.join(map(str, mesh))} has {math.prod(mesh)} devices, cluster {cluster.name!r} has {cluster.num_devices}; "
+            f"candidates are {', '.join('x'.join(map(str, m)) for m in cluster.mesh_candidates())}"
+        )
+    return tuple(mesh)
+
+
+def _solve(
+    analysis: Analysis, cluster: Cluster, mesh: tuple[int, ...], force: str | None, limit: float, time_limit_s: float,
+    times: dict[str, float],
+) -> Candidate:  # fmt: skip
+    t0 = time.perf_counter()
+    limits = restriction(force, analysis.step, analysis.factors, len(mesh)) if force else None
+    graph = build_choices(analysis.step, analysis.factors, mesh, limits)
+    t1 = time.perf_counter()
+    priced = Pricer(graph, cluster, limit).price()
+    t2 = time.perf_counter()
+    solution = solve(priced.problem, time_limit_s=time_limit_s, gap=GAP)
+    t3 = time.perf_counter()
+    for name, seconds in (("strategies", t1 - t0), ("pricing", t2 - t1), ("solve", t3 - t2)):
+        times[name] += seconds
+    return Candidate(mesh, priced, solution)
+
+
+def _record(
+    analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float]
+) -> Plan:
+    graph, solution, priced = best.priced.graph, best.solution, best.priced
+    selection = [int(i) for i in solution.selection]
+    t0 = time.perf_counter()
+    assignment = to_assignment(graph, selection)
+    lower(analysis.step, analysis.factors, assignment)  # every op and layout change can be written
+    names, counts = usual_names(graph, selection)
+    decisions = decisions_of(graph, selection, priced.op_seconds, names)
+    times["verify"] += time.perf_counter() - t0
+    step = analysis.step
+    return Plan(
+        model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
+        cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
+        mesh=best.mesh, decisions=decisions, predicted=_predicted(priced, solution),
+        solver={
+            "objective_s": solution.objective, "lower_bound_s": solution.lower_bound, "gap": solution.gap, "status": solution.status,
+            "num_nodes": priced.problem.num_nodes, "num_edges": priced.problem.num_edges,
+        },
+        planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
+        replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
+        candidates=[{"mesh": list(c.mesh), "objective_s": c.solution.objective, "gap": c.solution.gap} for c in found],
+    )  # fmt: skip
+
+
+def num_parameters(graph: ChoiceGraph) -> int:
+    """Elements of all parameters."""
+    placeholders = (n for n in graph.step.graph.nodes if n.op == "placeholder")
+    return sum(int(n.meta["val"].numel()) for n, i in zip(placeholders, graph.step.inputs, strict=True) if i.kind == "param")
+
+
+def _predicted(priced: PricedProblem, solution: Solution) -> dict[str, Any]:
+    evaluation = priced.problem.evaluate(solution.selection)
+    compute = sum(float(priced.op_seconds[c.index][int(i)]) * len(c.members) for c, i in zip(priced.graph.choices, solution.selection, strict=True) if c.kind == "op")
+    side = 0.0
+    if SIDE in priced.problem.streams:
+        edges = priced.problem.edge_stream[priced.problem.streams.index(SIDE)]
+        side = _chosen_edges(priced, solution, edges)
+    critical = evaluation.node_cost + evaluation.edge_cost
+    return {
+        "step_time_s": evaluation.objective,
+        "streams": {"compute": compute, "collectives": critical - compute + side},
+        "peak_bytes": {pool: int(b) for pool, b in zip(priced.problem.pools, evaluation.peak_bytes, strict=True)},
+    }
+
+
+def _chosen_edges(priced: PricedProblem, solution: Solution, values: np.ndarray) -> float:
+    problem, x = priced.problem, np.asarray(solution.selection, dtype=np.int64)
+    widths = problem.num_strategies[problem.edges[:, 1]].astype(np.int64)
+    at = problem.edge_offsets()[:-1] + x[problem.edges[:, 0]] * widths + x[problem.edges[:, 1]]
+    return float(values[at].sum())
+
+
+def _why_not(analysis: Analysis, cluster: Cluster, meshes: list[tuple[int, ...]], limit: float, refused: list[Solution]) -> str:
+    reasons = "; ".join(
+        f"mesh {'x'.join(map(str, m))}: {s.reason}" for m, s in zip(meshes, refused, strict=False)
+    )
+    return (
+        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes. {reasons}. "
+        "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
+    )

@@ -1,0 +1,342 @@
+"""Prices: the choice graph in seconds and bytes, as a `SelectionProblem`.
+
+- An op costs its kernel's time on local sizes (`cost_model.work`, `cost_model.kernels`) plus the exchanges inside its local form.
+- A link costs the collectives of `reshard.steps`, latency and bandwidth per mesh axis. Gradient reduction and parameter gathers
+  ("side" links) go into a stream of their own where the cluster can overlap: only what exceeds the computation that hides it counts.
+- Memory, pool "device": stored parameters and optimizer state over the whole step; a tensor from the op that makes it to its last
+  reader, through views of it; kept and read copies over their own intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..cost_model.cluster import Cluster
+from ..cost_model.collectives import collective_coefficients
+from ..cost_model.kernels import kernel_seconds
+from ..cost_model.work import op_work
+from .choices import Choice, ChoiceGraph, Link, readers_by_value
+from .factors import is_getitem, result_values
+from .layout import REPLICATED, Layout, num_pieces
+from .problem import ProblemBuilder, SelectionProblem
+from .reshard import ReshardError, steps
+from .rule import results_of, tensor_args
+from .rule_table import op_name
+from .strategies import OpStrategy
+
+SIDE = "collectives"
+_FORBIDDEN = float("inf")
+
+
+class CollectivePrices:
+    """Latency and seconds per byte of layout changes on one mesh of a cluster; pairs of layouts are computed once."""
+
+    def __init__(self, cluster: Cluster, mesh: tuple[int, ...]) -> None:
+        self.mesh = mesh
+        self._copy_s_per_byte = 2.0 / cluster.device.memory_bandwidth_bytes_per_s
+        links = [cluster.axis_link(mesh, axis) for axis in range(len(mesh))]
+        self._coefficients = {
+            (kind, axis): collective_coefficients(kind, mesh[axis], links[axis])
+            for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+            for axis in range(len(mesh))
+        }
+        self._pairs: dict[tuple[Layout, Layout], tuple[float, float]] = {}
+        self._tables: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], tuple[np.ndarray, np.ndarray]] = {}
+
+    def pair(self, source: Layout, target: Layout) -> tuple[float, float]:
+        """(seconds, seconds per global byte) to bring a tensor from one layout to another; infinite where there is no way."""
+        found = self._pairs.get((source, target))
+        if found is None:
+            found = self._pairs[source, target] = self._price(source, target)
+        return found
+
+    def _price(self, source: Layout, target: Layout) -> tuple[float, float]:
+        if source == target:
+            return 0.0, 0.0
+        try:
+            way = steps(source, target, self.mesh)
+        except ReshardError:
+            return _FORBIDDEN, 0.0
+        fixed = per_byte = 0.0
+        for step in way:
+            if step.kind in ("slice", "zero"):
+                per_byte += 0.0 if step.kind == "slice" else self._copy_s_per_byte * step.fraction
+                continue
+            latency, rate = self._coefficients[step.kind, step.axis]
+            fixed += latency
+            per_byte += (rate + self._copy_s_per_byte) * step.fraction
+        return fixed, per_byte
+
+    def all_reduce(self, axis: int, num_bytes: float) -> float:
+        """Seconds of one all-reduce inside an op's local form."""
+        latency, rate = self._coefficients["all_reduce", axis]
+        return latency + rate * num_bytes
+
+    def matrix(self, a: list[Layout], b: list[Layout], num_bytes: float) -> np.ndarray:
+        """float64[len(a), len(b)] seconds between all layouts of two lists, for a tensor of `num_bytes` global bytes."""
+        ua, ia = _unique(a)
+        ub, ib = _unique(b)
+        key = (ua, ub)
+        table = self._tables.get(key)
+        if table is None:
+            pairs = np.array([[self.pair(x, y) for y in ub] for x in ua])
+            table = self._tables[key] = (pairs[:, :, 0], pairs[:, :, 1])
+        fixed, per_byte = table
+        return (fixed + per_byte * num_bytes)[np.ix_(ia, ib)]
+
+
+def _unique(layouts: list[Layout]) -> tuple[tuple[Layout, ...], list[int]]:
+    index: dict[Layout, int] = {}
+    positions = [index.setdefault(layout, len(index)) for layout in layouts]
+    return tuple(index), positions
+
+
+def tensor_bytes(value: torch.Tensor) -> int:
+    """Global bytes of a tensor."""
+    return value.numel() * value.element_size()
+
+
+@dataclass(slots=True)
+class PricedProblem:
+    """The selection problem of a choice graph; node i of the problem is choice i."""
+
+    problem: SelectionProblem
+    graph: ChoiceGraph
+    op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member
+
+
+class Pricer:
+    """Turns a choice graph into numbers."""
+
+    def __init__(self, graph: ChoiceGraph, cluster: Cluster, memory_limit: float) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.mesh = graph.mesh
+        self.prices = CollectivePrices(cluster, graph.mesh)
+        overlap = cluster.overlap if len(graph.mesh) and math.prod(graph.mesh) > 1 else 0.0
+        self._overlap = overlap
+        self._builder = ProblemBuilder(
+            graph.step.model_name or "step", pools={"device": memory_limit}, streams=(SIDE,) if overlap else ()
+        )
+        self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
+        self._readers = readers_by_value(graph.step)
+        self._end = len(self._order)
+        self._op_seconds: dict[int, np.ndarray] = {}
+
+    def price(self) -> PricedProblem:
+        """Nodes, links, memory."""
+        output_values = self._whole_outputs()
+        for choice in self.graph.choices:
+            self._node(choice, output_values)
+        for link in self.graph.links:
+            self._edge(link)
+        self._memory()
+        return PricedProblem(problem=self._builder.build(), graph=self.graph, op_seconds=self._op_seconds)
+
+    # -- time -----------------------------------------------------------------------------------------------------------
+
+    def _node(self, choice: Choice, outputs: dict[fx.Node, int]) -> None:
+        count = len(choice.members)
+        costs = np.zeros(len(choice.options))
+        streams = None
+        if choice.kind == "op":
+            costs = self.op_costs(choice)
+            self._op_seconds[choice.index] = costs
+            if self._overlap and choice.phase != "update":
+                streams = [(-self._overlap * count) * costs]
+            costs = costs * count
+        for node in choice.members:
+            if node in outputs or any(v in outputs for v in (result_values(node) if choice.kind == "op" else [])):
+                costs = costs + self._output_costs(choice, node, outputs)
+        self._builder.add_node(costs, streams)
+
+    def op_costs(self, choice: Choice) -> np.ndarray:
+        """float64[options] seconds of one member: the kernel on local sizes plus what its local form exchanges."""
+        node = choice.members[0]
+        operands = [a.meta["val"] for a in tensor_args(node)]
+        made = results_of(node)
+        results = [r for r in made if r is not None]
+        work = op_work(
+            op_name(node), [tuple(v.shape) for v in operands], [None if r is None else tuple(r.shape) for r in made], _plain_args(node),
+            in_itemsize=[v.element_size() for v in operands], out_itemsize=[0 if r is None else r.element_size() for r in made],
+        )  # fmt: skip
+        dtype = str((results or operands)[0].dtype).removeprefix("torch.") if results or operands else "float32"
+        options: list[OpStrategy] = choice.options
+        flops = np.array([work.flops / self._divisor(s) for s in options])
+        share = self._moved_bytes(options, operands, made)
+        moved = share * (work.bytes / max(self._moved_bytes([_whole_of(options[0], len(self.mesh))], operands, made)[0], 1))
+        seconds = np.asarray(kernel_seconds(flops, moved, work.op_class, self.cluster.device, dtype, work.min_dim), dtype=float)
+        return seconds + self._exchange(choice, options, operands, made)
+
+    def _divisor(self, s: OpStrategy) -> int:
+        return math.prod(n for c, n in zip(s.codes, self.mesh, strict=True) if c >= 0)
+
+    def _moved_bytes(self, options: list[OpStrategy], operands: list[torch.Tensor], results: list[torch.Tensor | None]) -> np.ndarray:
+        """float64[options]: local bytes of all operands and results."""
+        sizes = [tensor_bytes(v) for v in operands] + [0 if r is None else tensor_bytes(r) for r in results]
+        out = np.zeros(len(options))
+        for k, s in enumerate(options):
+            layouts = (*s.operands, *s.results)
+            out[k] = sum(b / num_pieces(layout, self.mesh) for b, layout in zip(sizes, layouts, strict=False) if layout is not None)
+        return out
+
+    def _exchange(self, choice: Choice, options: list[OpStrategy], operands: list[torch.Tensor], results: list[torch.Tensor | None]) -> np.ndarray:
+        op = choice.op
+        out = np.zeros(len(options))
+        if op is None or "#" not in op.flags:
+            return out
+        for k, s in enumerate(options):
+            for axis, code in enumerate(s.codes):
+                if code >= 0 and op.flags[code] == "#":
+                    small = [tensor_bytes(r) for r, atoms in zip(results, op.results, strict=False) if r is not None and atoms is not None and code not in atoms]
+                    per_row = tensor_bytes(operands[0]) / op.sizes[code] if operands else 0
+                    num_bytes = max(small) if small else per_row / max(1, num_pieces(s.operands[0], self.mesh) / self.mesh[axis])
+                    out[k] += 2 * self.prices.all_reduce(axis, num_bytes)
+        return out
+
+    def _whole_outputs(self) -> dict[fx.Node, int]:
+        """Values that leave the step whole on every rank, with their global bytes: loss, extras, buffers, gradients asked for."""
+        out = next(n for n in self.graph.step.graph.nodes if n.op == "output")
+        return {
+            value: tensor_bytes(value.meta["val"])
+            for value, info in zip(out.args[0], self.graph.step.outputs, strict=True)
+            if isinstance(value, fx.Node) and info.kind not in ("param", "state")
+        }
+
+    def _output_costs(self, choice: Choice, node: fx.Node, outputs: dict[fx.Node, int]) -> np.ndarray:
+        whole = (REPLICATED,) * len(self.mesh)
+        total = np.zeros(len(choice.options))
+        values = [node] if choice.kind != "op" else [v for v in result_values(node) if v is not None]
+        for value in values:
+            if value not in outputs or (choice.kind == "op" and value in self.graph.kept):
+                continue
+            index = value.args[1] if is_getitem(value) else 0
+            layouts = [s.results[index] for s in choice.options] if choice.kind == "op" else choice.options
+            total += self.prices.matrix(layouts, [whole], outputs[value])[:, 0]
+        return total
+
+    def _edge(self, link: Link) -> None:
+        value = link.value.meta["val"]
+        if isinstance(value, (list, tuple)):
+            value = value[0]
+        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, tensor_bytes(value)) * link.count
+        target = link.target
+        if target.kind == "read":
+            # An alias exists only where the kept tensor has that very layout.
+            same = np.array([[a == b for b in target.options] for a in link.source_layouts])
+            matrix = np.where(np.array(target.alias)[None, :] & ~same, _FORBIDDEN, matrix)
+            own = self.graph.own_reads
+            if own and link.source.kind == "input":
+                agree = np.array([[all(a[x] == b[x] for x in own) for b in target.options] for a in link.source_layouts])
+                matrix = np.where(agree, matrix, _FORBIDDEN)
+        if link.side and self._overlap:
+            finite = np.isfinite(matrix)
+            stream = np.where(finite, matrix, 0.0)
+            self._builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), [stream])
+        elif np.any(matrix):
+            self._builder.add_edge(link.source.index, target.index, matrix)
+
+    # -- memory ---------------------------------------------------------------------------------------------------------
+
+    def _memory(self) -> None:
+        rows: dict[tuple[int, int, int], np.ndarray] = {}
+
+        def add(choice: Choice, start: int, end: int, num_bytes: np.ndarray) -> None:
+            if end > start and num_bytes.any():
+                key = (choice.index, start, end)
+                rows[key] = rows[key] + num_bytes if key in rows else num_bytes
+
+        last_use = self._last_uses()
+        for node in self.graph.step.graph.nodes:
+            if node.op == "placeholder" and node in self.graph.input_choice:
+                self._stored_memory(node, add, last_use)
+            elif node.op == "call_function" and not is_getitem(node):
+                self._op_memory(node, add, last_use)
+        for (value, _phase), choice in self.graph.reads.items():
+            self._read_memory(value, _phase, choice, add, last_use)
+        for (index, start, end), num_bytes in rows.items():
+            self._builder.add_usage(index, "device", start, end, num_bytes)
+
+    def _last_uses(self) -> dict[fx.Node, int]:
+        """Time after which a tensor is needed no more, itself or through views of it."""
+        last: dict[fx.Node, int] = {}
+        for node in reversed(self.graph.step.graph.nodes):
+            if node.op == "output":
+                for value in node.args[0]:
+                    if isinstance(value, fx.Node):
+                        last[value] = self._end
+                continue
+            end = last.get(node, self._order[node]) + 1 if node not in last else last[node]
+            last[node] = max(end, self._order[node] + 1)
+            if node.op == "call_function":
+                alias = aliased_operand(node)
+                for arg in node.all_input_nodes:
+                    reach = last[node] if arg is alias or is_getitem(node) else self._order[node] + 1
+                    last[arg] = max(last.get(arg, 0), reach)
+        return last
+
+    def _local(self, value: fx.Node, layouts: list[Layout]) -> np.ndarray:
+        num_bytes = tensor_bytes(value.meta["val"])
+        return np.array([num_bytes / num_pieces(layout, self.mesh) for layout in layouts])
+
+    def _stored_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
+        choice = self.graph.input_choice[node]
+        add(choice, 0, self._end, self._local(node, choice.options))
+        update = self.graph.updates.get(node)
+        if update is None:
+            return
+        chosen = self.graph.op_choice[update]
+        for i, state in enumerate(tensor_args(update)[2:]):
+            add(chosen, 0, self._end, self._local(state, [s.operands[2 + i] for s in chosen.options]))
+
+    def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
+        if aliased_operand(node) is not None or node.meta["op"].phase == "update" and "update" in op_name(node):
+            return
+        choice = self.graph.op_choice[node]
+        at = self._order[node]
+        for index, value in enumerate(result_values(node)):
+            if value is None:
+                continue
+            local = self._local(value, [s.results[index] for s in choice.options])
+            kept = self.graph.kept.get(value)
+            if kept is None:
+                add(choice, at, last_use[value], local)
+            else:
+                add(choice, at, at + 1, local)
+                add(kept, at + 1, last_use[value], self._local(value, kept.options))
+
+    def _read_memory(self, value, phase, choice, add, last_use) -> None:  # type: ignore[no-untyped-def]
+        users = [op for op, _ in self._readers[value] if op.meta["op"].phase == phase]
+        if not users:
+            return
+        copies = self._local(value, choice.options) * ~np.array(choice.alias)
+        ends = [last_use[op] if aliased_operand(op) is value else self._order[op] + 1 for op in users]
+        add(choice, min(self._order[op] for op in users), max(ends), copies)
+
+
+def aliased_operand(node: fx.Node) -> fx.Node | None:
+    """The operand whose memory a view op's result shares; None for ops that make new memory."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.is_view is False:
+        return None
+    return tensor_args(node)[0] if tensor_args(node) else None
+
+
+def _whole_of(s: OpStrategy, num_axes: int) -> OpStrategy:
+    """The strategy that splits nothing."""
+    whole = (REPLICATED,) * num_axes
+    return OpStrategy(whole, (whole,) * len(s.operands), tuple(r and whole for r in s.results))
+
+
+def _plain_args(node: fx.Node) -> list[object]:
+    """The arguments that are no tensors, in order."""
+
+    def has_node(arg: object) -> bool:
+        return isinstance(arg, fx.Node) or (isinstance(arg, (list, tuple)) and any(isinstance(x, fx.Node) for x in arg))
+
+    return [a for a in node.args if not has_node(a)]

@@ -1,0 +1,77 @@
+"""Half-edge form of a model for message passing and local search: both orientations of every matrix, contiguous.
+
+Node ``n`` has strategies ``node_off[n]:node_off[n + 1]`` and half-edges ``half_off[n]:half_off[n + 1]``. Half-edge ``h`` leads to
+``neighbor[h]`` with the matrix ``matrix[at[h]:]`` of shape [strategies of n, strategies of neighbor]; ``back[h]`` is the same edge from
+the other side. Forbidden entries are ``big``, a finite cost no optimal selection can reach, so that sums stay finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from .model import Model
+
+
+@dataclass(slots=True, kw_only=True)
+class Graph:
+    node_off: np.ndarray  # int64[N + 1]
+    cost: np.ndarray  # float64, without prices
+    half_off: np.ndarray  # int64[N + 1]
+    neighbor: np.ndarray  # int64[2 E]
+    at: np.ndarray  # int64[2 E]
+    back: np.ndarray  # int64[2 E]
+    matrix: np.ndarray  # float64
+    half_edge: np.ndarray  # int64[2 E]: the model's edge
+    big: float
+
+
+def build_graph(model: Model, stream_weight: np.ndarray | None = None) -> Graph:
+    """The half-edge form; ``stream_weight`` float64[S] adds the streams to the costs at these weights."""
+    cost, edge_cost = model.cost, model.edge_cost
+    if stream_weight is not None and len(stream_weight) and stream_weight.any():
+        cost, edge_cost = cost + stream_weight @ model.node_stream, edge_cost + stream_weight @ model.edge_stream
+    big = forbidden_cost(cost, edge_cost)
+    sizes, num = model.sizes(), model.num_edges
+    ends = np.concatenate([model.edge_u, model.edge_v])
+    order = np.argsort(ends, kind="stable")
+    half_off = np.zeros(model.num_nodes + 1, dtype=np.int64)
+    np.cumsum(np.bincount(ends, minlength=model.num_nodes), out=half_off[1:])
+    place = np.empty(2 * num, dtype=np.int64)
+    place[order] = np.arange(2 * num)
+    neighbor = np.concatenate([model.edge_v, model.edge_u])[order]
+    back = place[(order + num) % (2 * num)] if num else np.zeros(0, dtype=np.int64)
+    edge = order % num if num else np.zeros(0, dtype=np.int64)
+    at = np.where(order < num, model.edge_off[edge], model.edge_off[edge] + len(edge_cost)) if num else np.zeros(0, dtype=np.int64)
+    matrix = np.empty(2 * len(edge_cost))
+    matrix[: len(edge_cost)] = np.minimum(edge_cost, big)
+    _transpose(model.edge_u, model.edge_v, model.edge_off, sizes, matrix)
+    return Graph(
+        node_off=model.node_off,
+        cost=np.minimum(cost, big),
+        half_off=half_off,
+        neighbor=neighbor,
+        at=at,
+        back=back,
+        matrix=matrix,
+        half_edge=edge,
+        big=big,
+    )
+
+
+def forbidden_cost(cost: np.ndarray, edge_cost: np.ndarray) -> float:
+    """More than any selection of finite entries can cost above another, with room for sums of a few thousand in float64."""
+    finite = np.concatenate([cost[np.isfinite(cost)], edge_cost[np.isfinite(edge_cost)]])
+    return 1e3 * float(np.abs(finite).max(initial=0.0)) * 10 + 1.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _transpose(eu, ev, edge_off, sizes, matrix):  # type: ignore[no-untyped-def]
+    half = len(matrix) // 2
+    for e in range(len(eu)):
+        nu, nv = sizes[eu[e]], sizes[ev[e]]
+        for i in range(nu):
+            for j in range(nv):
+                matrix[half + edge_off[e] + j * nu + i] = matrix[edge_off[e] + i * nv + j]

@@ -1,0 +1,109 @@
+"""Strategies: every way an op can be split over the mesh, derived from its bound rule.
+
+One code per mesh axis: an atom of the op to split, `REPLICATED` (every device along the axis does the whole op), or `pass_code(g)`:
+the operands of linear group g arrive as partial sums and the results leave as such. Operand and result layouts follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .factors import BoundOp
+from .layout import PARTIAL, REPLICATED, Layout, fits
+
+Codes = tuple[int, ...]
+AxisFilter = Callable[[int, int], bool]  # (axis, code) -> allowed
+
+# More options than this for one op are thinned out: those that split with inner factors go first.
+MAX_OPTIONS = 160
+
+
+def pass_code(group: int) -> int:
+    """The axis code for "linear group `group` passes partial sums through"."""
+    return -2 - group
+
+
+def is_pass(code: int) -> bool:
+    """Whether an axis code is a linear pass-through."""
+    return code <= -2
+
+
+@dataclass(frozen=True, slots=True)
+class OpStrategy:
+    """One way to run an op: axis codes, and the layouts of its operands and results that follow."""
+
+    codes: Codes
+    operands: tuple[Layout, ...]
+    results: tuple[Layout | None, ...]
+
+
+def axis_codes(op: BoundOp, axis_size: int) -> list[int]:
+    """What one mesh axis of a given size can do with an op."""
+    used = {a for dims in (*op.operands, *(r for r in op.results if r is not None)) for a in dims}
+    codes = [REPLICATED]
+    codes += [a for a in range(len(op.sizes)) if a in used and op.flags[a] != "!" and op.sizes[a] % axis_size == 0]
+    codes += [pass_code(g) for g in range(len(op.linear))]
+    return codes
+
+
+def enumerate_strategies(op: BoundOp, mesh: tuple[int, ...], allowed: AxisFilter | None = None) -> list[OpStrategy]:
+    """All strategies of an op on a mesh, the fully replicated one first. `allowed` leaves out codes of an axis (forced plans)."""
+    per_axis = [
+        [c for c in axis_codes(op, n) if c == REPLICATED or allowed is None or allowed(axis, c)] for axis, n in enumerate(mesh)
+    ]
+    options = [codes for codes in itertools.product(*per_axis) if _fits(op, codes, mesh)]
+    return [strategy(op, codes) for codes in thin_out(options, MAX_OPTIONS)]
+
+
+def thin_out(options: list[Codes], limit: int) -> list[Codes]:
+    """At most `limit` options, those with the highest atom indices (innermost factors) dropped first."""
+    if len(options) <= limit:
+        return options
+    ranked = sorted(range(len(options)), key=lambda i: (max(options[i]), i))[:limit]
+    return [options[i] for i in sorted(ranked)]
+
+
+def _fits(op: BoundOp, codes: Codes, mesh: tuple[int, ...]) -> bool:
+    return len(set(codes)) == len(codes) or fits(codes, op.sizes, mesh)
+
+
+def strategy(op: BoundOp, codes: Codes) -> OpStrategy:
+    """The layouts that follow from axis codes."""
+    return OpStrategy(
+        codes,
+        tuple(tuple(_operand_code(op, i, atoms, c) for c in codes) for i, atoms in enumerate(op.operands)),
+        tuple(None if atoms is None else tuple(_result_code(op, atoms, c) for c in codes) for atoms in op.results),
+    )
+
+
+def _operand_code(op: BoundOp, index: int, atoms: tuple[int, ...], code: int) -> int:
+    if is_pass(code):
+        return PARTIAL["sum"] if index in op.linear[-2 - code] else REPLICATED
+    return atoms.index(code) if code >= 0 and code in atoms else REPLICATED
+
+
+def _result_code(op: BoundOp, atoms: tuple[int, ...], code: int) -> int:
+    if is_pass(code):
+        return PARTIAL["sum"]
+    if code == REPLICATED:
+        return REPLICATED
+    if code in atoms:
+        return atoms.index(code)
+    # Split, but not in this result: a reduction, complete already where the local form exchanges ("#").
+    return REPLICATED if op.flags[code] == "#" else PARTIAL[op.reduce]
+
+
+def value_layouts(atoms: tuple[int, ...], mesh: tuple[int, ...], allowed: AxisFilter | None = None) -> list[Layout]:
+    """All layouts without partials of a tensor with these atoms (stored state), the replicated one first."""
+    per_axis = [
+        [REPLICATED] + [a for a, size in enumerate(atoms) if size % n == 0 and (allowed is None or allowed(axis, a))]
+        for axis, n in enumerate(mesh)
+    ]
+    return thin_out([codes for codes in itertools.product(*per_axis) if fits(codes, atoms, mesh)], MAX_OPTIONS)
+
+
+def unique(layouts: Iterable[Layout]) -> list[Layout]:
+    """Layouts without repeats, in order."""
+    return list(dict.fromkeys(layouts))
