@@ -1,0 +1,418 @@
+"""The command line. `--json` prints exactly one JSON object on stdout; everything else that is said then goes to stderr.
+
+Exit status: 0 when what was asked holds, 1 when a check does not hold, 2 for bad input, 130 when interrupted.
+Heavy modules are imported inside the commands, so that `opweave --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="opweave",
+    help="Plans how every operator of a PyTorch training step is split over a cluster, and runs the plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A model of the zoo (`opweave models`) or package.module:function that returns (model, batch).")]
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", "-c", help="A shipped cluster, NAMExNODES, NAME:DEVICES, a cluster file, or detect.")
+]
+BatchOption = Annotated[
+    str | None, typer.Option("--batch", "-b", metavar="BxS", help="Global batch size, and sequence length or image size.")
+]
+MeshOption = Annotated[str | None, typer.Option("--mesh", metavar="2x4", help="Device mesh; all that fit are tried without it.")]
+ForceOption = Annotated[str | None, typer.Option("--force", help="A named plan such as ddp, zero3 or megatron instead of the solver's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class CheckFailed(Exception):
+    """What was asked was checked and does not hold."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what a user can put right as one message, and say by the exit status what happened."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            command(*args, **kwargs)
+        except CheckFailed as error:
+            _fail(str(error), 1, as_json=False)
+        except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            _fail(str(error), 2, as_json)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130, as_json)
+
+    return run
+
+
+def _fail(message: str, status: int, as_json: bool) -> None:
+    _err.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"error": message})
+    raise typer.Exit(status)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _print_json(value: Any) -> None:
+    from .cli_tables import plain
+
+    sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """A moving line on stderr while something takes long; nothing where stderr is no terminal."""
+    if not _err.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_err, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
+
+
+# --- reading arguments ---------------------------------------------------------------------------------------------------------------
+
+
+def parse_sizes(text: str, option: str) -> tuple[int, ...]:
+    """"2x4" as (2, 4). Raises ValueError that names the option."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise ValueError(f"{option} {text!r} is not a list of sizes; write whole numbers above 0 with x between them, such as 8 or 2x4")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _sizes(text: str | None, option: str) -> tuple[int, ...] | None:
+    return None if text is None else parse_sizes(text, option)
+
+
+def _function(spec: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names."""
+    module_name, _, name = spec.partition(":")
+    sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"model {spec!r}: module {module_name!r} cannot be imported: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"model {spec!r}: module {module_name!r} has no function {name!r}")
+    return found
+
+
+def _resolve_model(spec: str, batch: tuple[int, ...] | None) -> tuple[Any, Any]:
+    """(model, batch) of a zoo name or a user's function."""
+    if ":" in spec:
+        made = _function(spec)()
+        if not (isinstance(made, tuple) and len(made) == 2):
+            raise ValueError(f"model {spec!r}: the function returned {type(made).__name__}, it must return a tuple (model, batch)")
+        return made
+    from . import zoo
+
+    return zoo.resolve(spec, batch)
+
+
+def _optimizer(name: str, model: Any) -> Any:
+    """A torch optimizer by name over the model's trainable parameters; None for "none"."""
+    import torch
+
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+        "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    }
+    if name == "none":
+        return None
+    if name not in kinds:
+        raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(kinds)} and none")
+    return kinds[name]([p for p in model.parameters() if p.requires_grad])
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    names = ("float64", "float32", "bfloat16", "float16")
+    if name not in names:
+        raise ValueError(f"unknown dtype {name!r}; known are {', '.join(names)}")
+    return getattr(torch, name)
+
+
+def _parse_bytes(text: str | None) -> int | None:
+    """"40GiB" or a number of bytes."""
+    if text is None:
+        return None
+    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"--memory-limit {text!r} is not a size; write for example 40GiB or 42949672960")
+    return int(float(match[1]) * units[match[2]])
+
+
+# --- commands -----------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reports_errors
+def plan(
+    model: Model,
+    cluster: ClusterOption = "detect",
+    batch: BatchOption = None,
+    mesh: MeshOption = None,
+    force: ForceOption = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd, momentum or none.")] = "adamw",
+    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Use at most this much memory per device, e.g. 40GiB.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a model's training step for a cluster. Needs no GPU and allocates no weights."""
+    from .cost_model.cluster import Cluster
+
+    where = Cluster.resolve(cluster)
+    sizes, mesh_sizes, limit = _sizes(batch, "--batch"), _sizes(mesh, "--mesh"), _parse_bytes(memory_limit)
+    with _busy(f"planning {model} on {where.name}"):
+        from .compiler import api
+
+        built, example = _resolve_model(model, sizes)
+        made = api.plan(
+            built, where, example, optimizer=_optimizer(optimizer, built), mesh=mesh_sizes, force=force, memory_limit=limit
+        )
+    if output is not None:
+        made.save(output)
+    _show_plan(made, as_json, model=model, cluster=where.name)
+
+
+def plan_report(made: Any, **names: str) -> dict[str, Any]:
+    """What `plan` and `show` print with --json."""
+    from .cli_tables import plain
+
+    keys = ("mesh", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops")
+    return {**names, **{key: plain(getattr(made, key)) for key in keys}}
+
+
+def _show_plan(made: Any, as_json: bool, **names: str) -> None:
+    from .cli_tables import plain, plan_summary, rows_table
+
+    report = plan_report(made, **names)
+    if as_json:
+        _print_json(report)
+        return
+    _out.print(plan_summary(report))
+    rows = plain(list(made.modules))
+    if rows:
+        _out.print(rows_table("modules", rows))
+
+
+def _load_plan(path: Path) -> Any:
+    from .compiler.plan import Plan
+
+    return Plan.load(path)
+
+
+@app.command()
+@_reports_errors
+def show(plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")], as_json: JsonOption = False) -> None:
+    """Show a plan: mesh, patterns by their usual names, predicted time and memory, and how each module is split."""
+    _show_plan(_load_plan(plan_file), as_json)
+
+
+@app.command()
+@_reports_errors
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    module: Annotated[str, typer.Argument(help="Only modules whose path contains this.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a plan module by module, and name the ops that run replicated with the reason."""
+    from .cli_tables import plain, rows_table
+
+    made = _load_plan(plan_file)
+    rows = [row for row in plain(list(made.modules)) if module in str(row.get("path", ""))]
+    if module and not rows:
+        raise ValueError(f"no module of the plan has {module!r} in its path; `opweave show {plan_file}` lists them")
+    replicated = plain(list(made.replicated_ops))
+    if as_json:
+        _print_json({"modules": rows, "replicated_ops": replicated})
+        return
+    _out.print(rows_table("modules", rows))
+    if replicated:
+        _out.print(rows_table("replicated", [row if isinstance(row, dict) else {"op": row} for row in replicated]))
+    else:
+        _out.print("every op of the plan has a rule")
+
+
+@app.command()
+@_reports_errors
+def diff(
+    first: Annotated[Path, typer.Argument(help="A plan file.")],
+    second: Annotated[Path, typer.Argument(help="Another plan file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two plans: predictions, and the modules that are split differently."""
+    from .cli_tables import mesh_text, pairs_table, plain, rows_table, seconds_text
+
+    a, b = _load_plan(first), _load_plan(second)
+    changed = _changed_modules(plain(list(a.modules)), plain(list(b.modules)))
+    times = [plain(p.predicted)["step_time_s"] for p in (a, b)]
+    if as_json:
+        _print_json({"mesh": [list(a.mesh), list(b.mesh)], "step_time_s": times, "modules": changed})
+        return
+    shown = zip((first, second), (a, b), times, strict=True)
+    _out.print(pairs_table("plans", {str(path): f"mesh {mesh_text(p.mesh)}, step {seconds_text(time)}" for path, p, time in shown}))
+    _out.print(rows_table("modules that differ", changed) if changed else "all modules are split equally")
+
+
+def _changed_modules(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    before, after = ({row.get("path"): row for row in rows} for rows in (a, b))
+    rows = []
+    for path in [*before, *(p for p in after if p not in before)]:
+        old, new = (rows_of.get(path, {}).get("layout", "absent") for rows_of in (before, after))
+        if old != new:
+            rows.append({"path": path, "first": old, "second": new})
+    return rows
+
+
+@app.command()
+@_reports_errors
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
+    ranks: Annotated[str | None, typer.Option(metavar="2x4", help="Mesh of the ranks run in lockstep.")] = None,
+    batch: BatchOption = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
+    force: ForceOption = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative difference allowed; 1e-10 in float64, 1e-5 in float32.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
+    from .cli_tables import pairs_table, plain
+
+    if model.endswith(".json") or Path(model).is_file():
+        raise ValueError(
+            f"{model} is a plan file; a plan holds no model: give the model as MODEL and the plan's mesh as --ranks, "
+            f"for example `opweave verify opt-tiny --ranks 2x2`"
+        )
+    if ranks is None:
+        raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
+    mesh, sizes, kind = parse_sizes(ranks, "--ranks"), _sizes(batch, "--batch"), _dtype(dtype)
+    with _busy(f"running {model} on {ranks} ranks in lockstep"):
+        from .compiler import api
+
+        built, example = _resolve_model(model, sizes)
+        report = api.verify(
+            built, example, ranks=mesh, optimizer=_optimizer(optimizer, built), steps=steps, dtype=kind, force=force, tolerance=tolerance
+        )
+    result = {key: plain(getattr(report, key)) for key in ("max_relative_difference", "collectives", "replicated_ops")}
+    if as_json:
+        _print_json({"model": model, "ranks": list(mesh), **result})
+    else:
+        _out.print(pairs_table(f"{model} on {ranks} ranks, {steps} steps in {dtype}", {k: str(v) for k, v in result.items()}))
+
+
+@app.command()
+@_reports_errors
+def models(as_json: JsonOption = False) -> None:
+    """List the models that ship, by name."""
+    from . import zoo
+
+    names = list(zoo.names())
+    if as_json:
+        _print_json({"models": names})
+    else:
+        _out.print("\n".join(names), highlight=False)
+
+
+@app.command()
+@_reports_errors
+def clusters(
+    name: Annotated[str | None, typer.Argument(help="Show every constant of this cluster with its source.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the clusters that ship, or show one (also `detect`, or a cluster file) with the source of every constant."""
+    from .cli_tables import cluster_row, cluster_table, clusters_table
+    from .cost_model.cluster import Cluster, preset_names
+
+    if name is not None:
+        found = Cluster.resolve(name)
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            _out.print(cluster_table(found))
+        return
+    found_all = [Cluster.preset(n) for n in preset_names()]
+    if as_json:
+        _print_json({"clusters": [cluster_row(c) for c in found_all]})
+    else:
+        _out.print(clusters_table(found_all))
+
+
+@app.command()
+@_reports_errors
+def solve(
+    file: Annotated[Path, typer.Argument(help="A selection problem in the JSON of the ASPLOS/EuroSys 2025 contest.")],
+    time_limit: Annotated[float, typer.Option(help="Seconds, reading the file included.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="The same seed and work give the same answer.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the solution to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Solve a selection problem; prints cost, proven lower bound and status."""
+    if not time_limit > 0:
+        raise ValueError(f"--time-limit is {time_limit:g}; it must be above 0 seconds")
+    from .cli_tables import pairs_table
+
+    with _solver_line() as progress:
+        from .compiler.solver.command import solve_file
+
+        answer = solve_file(file, time_limit, seed, output, progress)
+    if as_json:
+        _print_json(answer)
+    else:
+        _out.print(pairs_table(str(file), {k: str(v) for k, v in answer.items() if k != "solution"}))
+    if answer.get("status") == "infeasible":
+        raise CheckFailed(str(answer.get("reason") or "no selection fits the memory limits"))
+
+
+@contextlib.contextmanager
+def _solver_line() -> Iterator[Callable[[Any], None]]:
+    """A live line of best value, bound and gap on stderr; gives the solver's progress callback."""
+    with _err.status("reading") as line:
+
+        def show_point(point: Any) -> None:
+            best, bound = float(point.objective), float(point.lower_bound)
+            gap = (best - bound) / abs(best) if best not in (0.0, float("inf")) else float("nan")
+            line.update(f"{point.seconds:.1f} s   best {best:.6g}   bound {bound:.6g}   gap {gap:.2%}")
+
+        yield show_point
+
+
+if __name__ == "__main__":
+    main()
