@@ -205,6 +205,8 @@ def plan(
         made = api.plan(
             built, where, example, optimizer=_optimizer(optimizer, built), mesh=mesh_sizes, force=force, memory_limit=limit
         )
+    # What `verify PLAN` needs to build the model again; the planner itself never sees a name of the zoo.
+    made.model.update(spec=model, batch=list(sizes or ()), optimizer=optimizer)
     if output is not None:
         made.save(output)
     _show_plan(made, as_json, model=model, cluster=where.name)
@@ -241,7 +243,8 @@ def _load_plan(path: Path) -> Any:
 @_reports_errors
 def show(plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")], as_json: JsonOption = False) -> None:
     """Show a plan: mesh, patterns by their usual names, predicted time and memory, and how each module is split."""
-    _show_plan(_load_plan(plan_file), as_json)
+    made = _load_plan(plan_file)
+    _show_plan(made, as_json, model=made.model.get("spec", made.model["name"]), cluster=made.cluster["name"])
 
 
 @app.command()
@@ -316,14 +319,15 @@ def verify(
     """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
     from .cli_tables import pairs_table, plain
 
+    sizes, kind = _sizes(batch, "--batch"), _dtype(dtype)
     if model.endswith(".json") or Path(model).is_file():
-        raise ValueError(
-            f"{model} is a plan file; a plan holds no model: give the model as MODEL and the plan's mesh as --ranks, "
-            f"for example `opweave verify opt-tiny --ranks 2x2`"
-        )
+        made = _load_plan(Path(model))
+        model, optimizer, force = _source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
+        sizes = sizes or tuple(made.model.get("batch", ())) or None
+        ranks = ranks or "x".join(map(str, made.mesh))
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
-    mesh, sizes, kind = parse_sizes(ranks, "--ranks"), _sizes(batch, "--batch"), _dtype(dtype)
+    mesh = parse_sizes(ranks, "--ranks")
     with _busy(f"running {model} on {ranks} ranks in lockstep"):
         from .compiler import api
 
@@ -336,6 +340,17 @@ def verify(
         _print_json({"model": model, "ranks": list(mesh), **result})
     else:
         _out.print(pairs_table(f"{model} on {ranks} ranks, {steps} steps in {dtype}", {k: str(v) for k, v in result.items()}))
+
+
+def _source_of(made: Any, path: str) -> str:
+    """The model a plan file was made for, as `opweave plan` wrote it down."""
+    spec = made.model.get("spec")
+    if not spec:
+        raise ValueError(
+            f"{path} does not say how to build its model {made.model['name']!r} (it was not made by `opweave plan`); "
+            f"give the model instead: opweave verify MODEL --ranks {'x'.join(map(str, made.mesh))}"
+        )
+    return str(spec)
 
 
 @app.command()

@@ -1,0 +1,189 @@
+"""The command line: JSON on stdout, messages on stderr, exit status. The compiler itself is replaced by a stand-in here."""
+
+import json
+import sys
+import types
+
+import pytest
+from opweave import cli
+from opweave.cli_tables import bytes_text, cell, plain, seconds_text
+from opweave.compiler.plan import Decision, Plan
+from typer.testing import CliRunner
+
+
+def _plan(mesh=(2, 4), layout="b on 0"):
+    return Plan(
+        model={"name": "Mlp", "fingerprint": "0" * 16},
+        cluster={"name": "cpu:8", "fingerprint": "1" * 16},
+        mesh=mesh,
+        decisions=[Decision(kind="op", nodes=("mm",), codes=(0,) * len(mesh))],
+        predicted={"step_time_s": 0.012, "streams": {"compute": 0.01, "collectives": 0.002}, "peak_bytes": {"device": 3 << 20}},
+        solver={"objective_s": 0.012, "lower_bound_s": 0.0119, "gap": 0.008, "status": "optimal"},
+        planning_time_s={"capture": 0.5, "strategies": 0.1, "pricing": 0.1, "solve": 0.2, "total": 0.9},
+        patterns={"data parallel": 3, "tensor parallel": 2},
+        replicated_ops=[{"op": "mylib::f", "reason": "no rule", "count": 1}],
+        modules=[{"path": "layers.0", "ops": 4, "name": "data parallel", "layout": layout, "time_s": 0.006, "bytes": 1 << 20}],
+    )
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stand-ins for the zoo and the compiler's api; `calls` records what they were asked."""
+    import torch
+
+    calls = []
+    model = torch.nn.Linear(2, 2)
+
+    def plan(*args, **kwargs):
+        calls.append(("plan", args, kwargs))
+        return _plan(kwargs.get("mesh") or (2, 4))
+
+    def verify(*args, **kwargs):
+        calls.append(("verify", args, kwargs))
+        difference = {"loss": 1e-16, "parameters": 2e-15}
+        return types.SimpleNamespace(max_relative_difference=difference, collectives={"all_reduce": 3}, replicated_ops=[])
+
+    api = types.ModuleType("opweave.compiler.api")
+    api.plan, api.verify = plan, verify
+    zoo = types.ModuleType("opweave.zoo")
+    zoo.names = lambda: ["opt-tiny", "gpt2"]
+    zoo.resolve = lambda spec, batch=None: (calls.append(("resolve", spec, batch)), (model, {"x": 1}))[1]
+    for name, module in (("opweave.compiler.api", api), ("opweave.zoo", zoo)):
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
+    return calls
+
+
+def run(*args):
+    """(exit status, stdout, stderr) of `opweave ARGS`."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def test_help_is_quick_and_names_the_commands():
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in ("plan", "show", "explain", "diff", "verify", "models", "clusters", "solve"):
+        assert name in out
+
+
+def test_plan_prints_one_json_object(fake):
+    code, out, _ = run("plan", "opt-tiny", "--cluster", "cpu:8", "--batch", "8x128", "--mesh", "4x2", "--force", "ddp", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["mesh"] == [4, 2] and report["model"] == "opt-tiny" and report["cluster"] == "cpu:8"
+    assert set(report["planning_time_s"]) >= {"capture", "strategies", "pricing", "solve", "total"}
+    assert set(report["predicted"]) >= {"step_time_s", "streams", "peak_bytes"}
+    assert set(report["solver"]) >= {"objective_s", "lower_bound_s", "gap", "status"}
+    assert report["patterns"] and report["replicated_ops"]
+    assert ("resolve", "opt-tiny", (8, 128)) in fake
+    kwargs = next(call for call in fake if call[0] == "plan")[2]
+    assert kwargs["mesh"] == (4, 2) and kwargs["force"] == "ddp" and type(kwargs["optimizer"]).__name__ == "AdamW"
+
+
+def test_plan_show_explain_verify_share_a_file(fake, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("plan", "opt-tiny", "-c", "cpu:8", "--batch", "8x16", "-o", path)[0] == 0
+    code, out, _ = run("show", path)
+    assert code == 0 and "data parallel" in out and "12 ms" in out
+    assert json.loads(run("show", path, "--json")[1])["model"] == "opt-tiny"
+    report = json.loads(run("explain", path, "layers", "--json")[1])
+    assert report["modules"][0]["path"] == "layers.0" and report["replicated_ops"][0]["reason"] == "no rule"
+    assert "mylib::f" in run("explain", path)[1]
+    assert json.loads(run("verify", path, "--json")[1])["ranks"] == [2, 4]
+    assert ("resolve", "opt-tiny", (8, 16)) in fake
+
+
+def test_diff_names_what_changed(tmp_path):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    _plan().save(a)
+    _plan(layout="n on 1").save(b)
+    report = json.loads(run("diff", a, b, "--json")[1])
+    assert report["modules"] == [{"path": "layers.0", "first": "b on 0", "second": "n on 1"}]
+    assert json.loads(run("diff", a, a, "--json")[1])["modules"] == []
+    assert "all modules are split equally" in run("diff", a, a)[1]
+
+
+def test_verify_reports_differences(fake):
+    code, out, _ = run("verify", "opt-tiny", "--ranks", "2x4", "--steps", "2", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["max_relative_difference"]) == {"loss", "parameters"}
+    assert report["collectives"] == {"all_reduce": 3} and report["replicated_ops"] == []
+    kwargs = next(call for call in fake if call[0] == "verify")[2]
+    assert kwargs["ranks"] == (2, 4) and kwargs["steps"] == 2 and str(kwargs["dtype"]) == "torch.float64"
+
+
+def test_models_and_clusters(fake):
+    assert json.loads(run("models", "--json")[1]) == {"models": ["opt-tiny", "gpt2"]}
+    names = [c["name"] for c in json.loads(run("clusters", "--json")[1])["clusters"]]
+    assert {"dgx-a100-640", "a100-40gb", "dgx-h100", "h200", "dgx-v100", "cpu"} <= set(names)
+    assert json.loads(run("clusters", "h200x2", "--json")[1])["num_nodes"] == 2
+    assert "datasheet" in run("clusters", "h200")[1]
+
+
+def test_solve_prints_the_answer(monkeypatch, tmp_path):
+    command = types.ModuleType("opweave.compiler.solver.command")
+    seen = []
+
+    def solve_file(path, time_limit_s, seed, output, progress):
+        seen.append((path.name, time_limit_s, seed))
+        progress(types.SimpleNamespace(seconds=0.1, objective=5.0, lower_bound=4.0))
+        status = "infeasible" if path.name == "bad.json" else "optimal"
+        return {"solution": [0, 1], "cost": 5, "lower_bound": 5, "status": status, "seconds": 0.2, "reason": "limit 3 at time 7"}
+
+    command.solve_file = solve_file
+    monkeypatch.setitem(sys.modules, "opweave.compiler.solver.command", command)
+    code, out, _ = run("solve", tmp_path / "a.json", "--time-limit", "5", "--seed", "3", "--json")
+    assert code == 0 and json.loads(out)["cost"] == 5 and seen == [("a.json", 5.0, 3)]
+    code, out, err = run("solve", tmp_path / "bad.json", "--json")
+    assert code == 1 and json.loads(out)["status"] == "infeasible" and "limit 3 at time 7" in err
+
+
+BAD = [
+    (["plan", "opt-tiny", "--cluster", "dgx-x"], r"unknown cluster 'dgx-x'; shipped are"),
+    (["plan", "opt-tiny", "--cluster", "none.json"], "no cluster file at none.json"),
+    (["plan", "opt-tiny", "--batch", "8,128"], "--batch '8,128' is not a list of sizes"),
+    (["plan", "opt-tiny", "--mesh", "0x4"], "--mesh '0x4' is not a list of sizes"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--optimizer", "lion"], "unknown optimizer 'lion'; known are adamw"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "much"], "--memory-limit 'much' is not a size"),
+    (["plan", "nowhere.at.all:build", "--cluster", "cpu"], "module 'nowhere.at.all' cannot be imported"),
+    (["plan", "json:nothing", "--cluster", "cpu"], "module 'json' has no function 'nothing'"),
+    (["plan", "time:time", "--cluster", "cpu"], "it must return a tuple (model, batch)"),
+    (["verify", "opt-tiny"], "--ranks is missing"),
+    (["verify", "opt-tiny", "--ranks", "two"], "--ranks 'two' is not a list of sizes"),
+    (["verify", "opt-tiny", "--ranks", "2", "--dtype", "int8"], "unknown dtype 'int8'; known are float64"),
+    (["show", "none.json"], "none.json"),
+    (["solve", "p.json", "--time-limit", "0"], "--time-limit is 0; it must be above 0"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=lambda v: " ".join(v[:4]) if isinstance(v, list) else "")
+def test_bad_input_is_one_message_and_status_2(fake, args, message):
+    code, out, err = run(*args)
+    assert code == 2 and out == ""
+    assert err.startswith("error:") and message in err
+    code, out, _ = run(*args, "--json")
+    assert code == 2 and message in json.loads(out)["error"]
+
+
+def test_verify_of_a_plan_without_a_model_says_so(tmp_path):
+    _plan().save(tmp_path / "plan.json")
+    code, _, err = run("verify", tmp_path / "plan.json")
+    assert code == 2 and "opweave verify MODEL --ranks 2x4" in err
+
+
+def test_user_function_gives_the_model(fake, tmp_path, monkeypatch):
+    (tmp_path / "mine_cli.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(2, 2), {'x': torch.ones(1, 2)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("plan", "mine_cli:build", "-c", "cpu:8", "--json")[0] == 0
+
+
+def test_formatting():
+    assert seconds_text(0.00123) == "1.23 ms" and seconds_text(2.5) == "2.5 s" and seconds_text(0) == "0 us" and seconds_text(None) == "-"
+    assert bytes_text(3 << 30) == "3 GiB" and bytes_text(12) == "12 B"
+    assert cell("peak_bytes", {"device": 1 << 20}) == "device 1 MiB" and cell("x", None) == "-"
+    assert plain({"a": (1, float("inf"))}) == {"a": [1, None]}
