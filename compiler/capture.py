@@ -2,8 +2,9 @@
 
     step_graph = capture(model, batch, optimizer=torch.optim.AdamW(model.parameters()))
 
-Parameters, buffers and batch become fake CPU tensors (shapes only: nothing is materialised, whatever device the model is on), the user's loss
-function and `torch.autograd.grad` run on them, and a `Recorder` writes down every ATen op. The optimizer's update is added last.
+Parameters, buffers and batch become fake CPU tensors (shapes only: nothing is materialised, whatever device the model is on), the
+user's loss function and `torch.autograd.grad` run on them, and a `Recorder` writes down every ATen op. The optimizer's update is added
+last.
 
 The stages, in order: inputs -> forward -> backward -> update -> outputs, then dead code goes and every node learns its `OpInfo`.
 """
@@ -135,12 +136,7 @@ class _Trace:
 
     def add_placeholder(self, kind: Any, fqn: str, val: torch.Tensor, *, slot: str = "", group: int = -1) -> fx.Node:
         """A placeholder after the ones there are; its name is made of kind, slot and fqn."""
-        graph = self.recorder.graph
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1:] if self.recorder.started else []
-        with graph.inserting_after(last[0]) if last else contextlib.nullcontext():
-            node = graph.placeholder(re.sub(r"\W", "_", "_".join(filter(None, (kind, slot, fqn)))))
-        node.target = node.name
-        node.meta["val"] = val
+        node = self.recorder.placeholder(re.sub(r"\W", "_", "_".join(filter(None, (kind, slot, fqn)))), val)
         self.inputs.append(GraphInput(name=node.name, kind=kind, fqn=fqn, slot=slot, group=group))
         return node
 
@@ -150,7 +146,8 @@ class _Trace:
         faked = map_tensors(batch, lambda path, tensor: self._input("batch", path, tensor))
         if len(self.inputs) == count:
             raise CaptureError(
-                f"there is no tensor in the batch (a {type(batch).__name__}); a batch is a tensor or a dict, tuple, list or dataclass of them"
+                f"there is no tensor in the batch (a {type(batch).__name__}); a batch is a tensor, or a dict, tuple, list or dataclass "
+                "of tensors"
             )
         return faked
 
@@ -177,7 +174,9 @@ class _Trace:
         if not isinstance(loss, torch.Tensor):
             raise CaptureError(f"the loss is a {type(loss).__name__}, not a tensor; {_LOSS_WAY_OUT}")
         if loss.numel() != 1:
-            raise CaptureError(f"the loss has the shape {tuple(loss.shape)}; it must be a scalar: reduce it (`loss.mean()`), or {_LOSS_WAY_OUT}")
+            raise CaptureError(
+                f"the loss has the shape {tuple(loss.shape)}; it must be a scalar: reduce it (`loss.mean()`), or {_LOSS_WAY_OUT}"
+            )
         if not loss.dtype.is_floating_point:
             raise CaptureError(f"the loss has the type {loss.dtype}; it must be a floating-point number")
         if not loss.requires_grad:
@@ -199,7 +198,6 @@ class _Trace:
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Ops are fake and recorded; whatever goes wrong in the user's code is told with its place."""
-        self.recorder.started = True
         try:
             with torch.enable_grad(), self.fake, self.recorder:
                 yield
@@ -274,21 +272,17 @@ def _drop_dead_code(graph: fx.Graph) -> None:
 
 def _describe(graph: fx.Graph) -> None:
     """Turn each node's `Origin` into its `OpInfo`."""
-    alive = {n for n in graph.nodes}
+    nodes = list(graph.nodes)
+    alive = set(nodes)
+    origins: list[Origin | None] = [node.meta.pop("origin", None) for node in nodes]
     known: dict[int, OpInfo] = {}
-    for node in graph.nodes:
-        origin: Origin | None = node.meta.pop("origin", None)
+    for node, origin in zip(nodes, origins, strict=True):
         if origin is None:
             continue
-        info = known.get(id(origin))
-        if info is None:
+        if id(origin) not in known:
             partner = origin.partner.name if origin.phase == "bwd" and origin.partner in alive else ""  # type: ignore[union-attr]
-            info = OpInfo(path=origin.path, phase=origin.phase, partner=partner, line=origin.line)  # type: ignore[arg-type]
-            known[id(origin)] = info
-            node.meta["origin_alive"] = origin
-        node.meta["op"] = info
-    for node in graph.nodes:
-        node.meta.pop("origin_alive", None)
+            known[id(origin)] = OpInfo(path=origin.path, phase=origin.phase, partner=partner, line=origin.line)  # type: ignore[arg-type]
+        node.meta["op"] = known[id(origin)]
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

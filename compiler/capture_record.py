@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Recorder(torch_compat.DispatchMode):
         self._replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._origin = Origin("", "fwd", "")
         self._merged: dict[Any, fx.Node] = {}
-        self.started = False  # recording: placeholders made from now on go before the ops
+        self._last_placeholder: fx.Node | None = None
 
     # What a node looks like
 
@@ -102,6 +102,15 @@ class Recorder(torch_compat.DispatchMode):
         node = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=_name(target))
         node.meta["val"] = val
         node.meta["origin"] = self._origin
+        return node
+
+    def placeholder(self, name: str, val: torch.Tensor) -> fx.Node:
+        """A graph input after those there are, before all ops."""
+        last = self._last_placeholder
+        with self.graph.inserting_after(last) if last is not None else nullcontext():
+            node = self._last_placeholder = self.graph.placeholder(name)
+        node.target = node.name
+        node.meta["val"] = val
         return node
 
     def set_origin(self, origin: Origin) -> None:
@@ -255,10 +264,7 @@ class Recorder(torch_compat.DispatchMode):
     def seed_node(self) -> fx.Node:
         """The graph input that random ops take; made at first use."""
         if self.seed is None:
-            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-            with self.graph.inserting_after(last):
-                self.seed = self.graph.placeholder("seed")
-            self.seed.meta["val"] = self.val_of((), (), torch.int64)
+            self.seed = self.placeholder("seed", self.val_of((), (), torch.int64))
         return self.seed
 
     # Arguments

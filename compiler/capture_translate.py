@@ -242,7 +242,9 @@ def _full(rec: Recorder, like: torch.Tensor, value: Any) -> fx.Node:
     return rec.emit(aten.full.default, (list(like.shape), value), {"dtype": like.dtype}, val)
 
 
-_FILLS = {"zeros": 0, "ones": 1, "empty": 0, "new_zeros": 0, "new_ones": 1, "new_empty": 0, "zeros_like": 0, "ones_like": 1, "empty_like": 0}
+_FILLS = {
+    "zeros": 0, "ones": 1, "empty": 0, "new_zeros": 0, "new_ones": 1, "new_empty": 0, "zeros_like": 0, "ones_like": 1, "empty_like": 0,
+}  # fmt: skip
 
 
 @_handles(*_FILLS, "full", "new_full", "full_like", "scalar_tensor", "empty_strided", "new_empty_strided")

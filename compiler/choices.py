@@ -89,17 +89,16 @@ class ChoiceGraph:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restriction:
-    """What a forced plan leaves out. Each function answers for one mesh axis; None leaves everything in.
+    """What a forced plan leaves in, per mesh axis.
 
-    op(node, bound, axis, code): may this axis do this with the op? stored(placeholder, axis, atom): may a parameter be stored split
-    so? gradient(axis, atom): may the reduced gradient be split so? own_reads: parameters are read in the layout they are stored in on
-    these axes.
+    op(node, bound, axis, codes), stored(placeholder, axis, codes): the codes an op or a stored parameter may use, out of those it
+    could. gradient(axis, atom): may a reduced gradient be split so? own_reads: axes on which parameters are read as they are stored.
     """
 
     name: str
-    op: Callable[[fx.Node, BoundOp, int, int], bool]
-    stored: Callable[[fx.Node, int, int], bool]
-    gradient: Callable[[fx.Node, int, int], bool]
+    op: Callable[[fx.Node, BoundOp, int, list[int]], list[int]]
+    stored: Callable[[fx.Node, int, list[int]], list[int]]
+    gradient: Callable[[int, int], bool]
     own_reads: tuple[int, ...] = ()
 
 
@@ -160,7 +159,7 @@ class ChoiceBuilder:
 
             def options(node: fx.Node = node, bound: BoundOp = bound) -> list[OpStrategy]:
                 r = self._restriction
-                return enumerate_strategies(bound, self.out.mesh, None if r is None else lambda axis, code: r.op(node, bound, axis, code))
+                return enumerate_strategies(bound, self.out.mesh, None if r is None else lambda axis, codes: r.op(node, bound, axis, codes))
 
             choice = self._choice(key, "op", node, options)
             choice.op = bound
@@ -178,7 +177,7 @@ class ChoiceBuilder:
 
             def layouts(node: fx.Node = node) -> list[Layout]:
                 r = self._restriction
-                allowed = None if r is None else lambda axis, atom: r.stored(node, axis, atom)
+                allowed = None if r is None else lambda axis, codes: r.stored(node, axis, codes)
                 return value_layouts(factors.atoms(node), mesh, allowed)
 
             self.out.input_choice[node] = self._choice(input_key(info, node, factors), "input", node, layouts)
@@ -251,10 +250,10 @@ class ChoiceBuilder:
         for v in (values[0], values[-1]):
             wanted |= dict.fromkeys(self._reader_layouts(v))
         if gradient:
-            out = [w for w in wanted if not is_partial(w)]
+            out = unique([replicated(len(self.out.mesh)), *(w for w in wanted if not is_partial(w))])
             r = self._restriction
             if r is not None:
-                out = [w for w in out if all(c < 0 or r.gradient(values[0], axis, c) for axis, c in enumerate(w))]
+                out = [w for w in out if all(c < 0 or r.gradient(axis, c) for axis, c in enumerate(w))]
             return out
         whole = [w for w in (*made, *wanted) if not is_partial(w)]
         return unique([*whole, *(w for w in made if is_partial(w) and w in wanted)])

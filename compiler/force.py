@@ -23,6 +23,7 @@ from torch import fx
 
 from .choices import Restriction
 from .factors import BoundOp, FactorMap, result_values
+from .layout import REPLICATED
 from .rule import tensor_args
 from .rule_table import op_name
 from .step_graph import StepGraph
@@ -92,33 +93,36 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, num_axes: int) -
         raise ValueError(f"forced plan {name!r} splits the batch, but no tensor of the batch has a dimension to split")
     params = {n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind == "param"}
 
-    def op(node: fx.Node, bound: BoundOp, axis: int, code: int) -> bool:
+    def op(node: fx.Node, bound: BoundOp, axis: int, codes: list[int]) -> list[int]:
         recipe = recipes[axis]
         if op_name(node) == "opweave::update.default":
-            if recipe in ("ddp", "replicate"):
-                return False
-            return True
-        if is_pass(code):
-            return recipe != "replicate"
-        atom = op_atom_ids(node, bound, factors).get(code, -1)
+            return [REPLICATED] if recipe in ("ddp", "replicate") else _split_if_possible(codes)
         if recipe == "replicate":
-            return False
+            return [REPLICATED]
+        atoms = op_atom_ids(node, bound, factors)
+        passes = [c for c in codes if is_pass(c)]
         if recipe not in _TENSOR:
-            return atom in known.batch
-        if atom in known.batch:
-            return False
-        if atom in known.sequence:
-            return recipe == "megatron_sp" and not (_has_weight(node, params) and op_name(node).split(".")[0] in _WEIGHT_OPS)
-        return True
+            batch = [c for c in codes if c >= 0 and atoms.get(c) in known.batch]
+            return batch or [REPLICATED, *passes]
+        heavy = _has_weight(node, params) and op_name(node).split(".")[0] in _WEIGHT_OPS
+        left_out = known.batch if recipe == "megatron_sp" and not heavy else known.batch | known.sequence
+        split = [c for c in codes if c >= 0 and atoms.get(c) not in left_out]
+        return split if heavy and split else [REPLICATED, *split, *passes]
 
-    def stored(node: fx.Node, axis: int, atom: int) -> bool:
-        return recipes[axis] not in ("ddp", "zero1", "zero2", "replicate")
+    def stored(node: fx.Node, axis: int, codes: list[int]) -> list[int]:
+        if recipes[axis] == "zero3":
+            return _split_if_possible(codes)
+        return codes if recipes[axis] in _TENSOR else [REPLICATED]
 
-    def gradient(node: fx.Node, axis: int, atom: int) -> bool:
+    def gradient(axis: int, atom: int) -> bool:
         return recipes[axis] not in ("ddp", "zero1", "replicate")
 
     own = tuple(axis for axis, recipe in enumerate(recipes) if recipe in _TENSOR)
     return Restriction(name=name, op=op, stored=stored, gradient=gradient, own_reads=own)
+
+
+def _split_if_possible(codes: list[int]) -> list[int]:
+    return [c for c in codes if c >= 0] or [REPLICATED]
 
 
 def _has_weight(node: fx.Node, params: set[fx.Node]) -> bool:

@@ -453,25 +453,15 @@ class Lowering:
             grads.append(local[1])
             states.append(local[2:])
             fqns.append(self._infos[operands[0]].fqn)
-        result = self.e.op(update.fused_update, self._context(), params, grads, states, kind, group, fqns)
-        at = 0
-        done = []
-        for node, state in zip(nodes, states, strict=True):
-            done.append((node, self.e.op(operator.getitem, result, at)))
-            for i in range(len(state)):
-                value = tensor_args(node)[2 + i]
+        result = self.e.op(update.fused_update, params, grads, states, kind, group, fqns)
+        done = [(node, self.e.op(operator.getitem, result, i)) for i, node in enumerate(nodes)]
+        at = len(nodes)
+        for node in nodes:
+            for value in tensor_args(node)[2:]:
                 info = self._infos[value]
-                spec = self.spec(value, self._raw[value][1])
-                out["state", info.fqn, info.slot] = (self.e.op(operator.getitem, result, at + 1 + i), spec)
-            at += 1 + len(state)
+                out["state", info.fqn, info.slot] = (self.e.op(operator.getitem, result, at), self.spec(value, self._raw[value][1]))
+                at += 1
         return done
-
-    def _context(self) -> fx.Node:
-        found = next((n for n in self.e.graph.nodes if n.op == "placeholder" and n.name == "update_context"), None)
-        if found is not None:
-            return found
-        with self.e.graph.inserting_after(self.e.coords):
-            return self.e.graph.placeholder("update_context")
 
 
 def lower(

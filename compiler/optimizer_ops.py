@@ -129,7 +129,8 @@ def _cast(trace: _Trace, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     val = node.meta["val"]
     if val.dtype == dtype:
         return node
-    return trace.recorder.emit(aten._to_copy.default, (node,), {"dtype": dtype}, trace.recorder.val_of(tuple(val.shape), val.stride(), dtype))
+    cast = trace.recorder.val_of(tuple(val.shape), val.stride(), dtype)
+    return trace.recorder.emit(aten._to_copy.default, (node,), {"dtype": dtype}, cast)
 
 
 def _sum_of_squares(trace: _Trace, grad: fx.Node) -> fx.Node:

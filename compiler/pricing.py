@@ -20,6 +20,7 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.collectives import collective_coefficients
 from ..cost_model.kernels import kernel_seconds
 from ..cost_model.work import op_work
+from ..torch_compat import OpOverload
 from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
@@ -322,7 +323,7 @@ class Pricer:
 def aliased_operand(node: fx.Node) -> fx.Node | None:
     """The operand whose memory a view op's result shares; None for ops that make new memory."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.is_view is False:
+    if not isinstance(target, OpOverload) or target.is_view is False:
         return None
     return tensor_args(node)[0] if tensor_args(node) else None
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..torch_compat import OpOverload
 from . import local_ops
 from .rule import Dim, Row, Rule, TensorDims, parse, results_of, tensor_args
 
@@ -69,7 +70,7 @@ def op_name(node: fx.Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return f"{target._schema.name.removeprefix('aten::')}.{target._overloadname}"
     return getattr(target, "__name__", str(target))
 
@@ -913,7 +914,7 @@ def pattern(op: str, rule: str, *, linear: tuple[tuple[int, ...], ...] = (), red
 def row_of(node: fx.Node) -> Row | None:
     """The row of an op: the user's, the table's, or pointwise by torch's tag."""
     target = node.target
-    if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
+    if target is operator.getitem or not isinstance(target, OpOverload):
         return None
     full = target._schema.name
     for key in (f"{full}.{target._overloadname}", full):
@@ -928,7 +929,7 @@ def row_of(node: fx.Node) -> Row | None:
 def is_user_row(node: fx.Node) -> bool:
     """Whether the op's rule was added with `pattern`."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and bool(
+    return isinstance(target, OpOverload) and bool(
         {target._schema.name, f"{target._schema.name}.{target._overloadname}"} & set(_USER_ROWS)
     )
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from ..torch_compat import OpOverload
+
 Phase = Literal["fwd", "bwd", "update"]
 InputKind = Literal["param", "buffer", "state", "batch", "seed"]
 OutputKind = Literal["loss", "extra", "param", "buffer", "state", "grad"]
@@ -55,7 +57,7 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphOutput:
-    """One output of the step: the loss, an extra value the user's loss function returned, new state, or (without an optimizer) a gradient."""
+    """One output of the step: the loss, an extra value of the user's loss function, new state, or (without an optimizer) a gradient."""
 
     kind: OutputKind
     fqn: str = ""
@@ -70,7 +72,7 @@ class StepGraph:
     inputs: tuple[GraphInput, ...]
     outputs: tuple[GraphOutput, ...]
     model_name: str = ""
-    # How to rebuild what the user's loss function returned beside the loss (`capture_tree.ExtraSpec`); None where it returned the loss only.
+    # How to rebuild what the user's loss function returned beside the loss (`capture_tree.ExtraSpec`); None where there is nothing.
     extra_spec: Any = None
     # Tied parameters: alias fqn -> fqn that owns the storage.
     tied: dict[str, str] = field(default_factory=dict)
@@ -96,5 +98,5 @@ class StepGraph:
                 assert isinstance(node.meta.get("op"), OpInfo), f"{node.name} has no OpInfo"
             if node.op != "output":
                 assert "val" in node.meta, f"{node.name} has no fake value"
-            schema = getattr(node.target, "_schema", None) if isinstance(node.target, torch._ops.OpOverload) else None
+            schema = getattr(node.target, "_schema", None) if isinstance(node.target, OpOverload) else None
             assert schema is None or not schema.is_mutable, f"{node.name} ({node.target}) works in place"

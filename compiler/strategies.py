@@ -14,7 +14,7 @@ from .factors import BoundOp
 from .layout import PARTIAL, REPLICATED, Layout, fits
 
 Codes = tuple[int, ...]
-AxisFilter = Callable[[int, int], bool]  # (axis, code) -> allowed
+AxisFilter = Callable[[int, list[int]], list[int]]  # (axis, codes) -> those allowed
 
 # More options than this for one op are thinned out: those that split with inner factors go first.
 MAX_OPTIONS = 160
@@ -49,12 +49,20 @@ def axis_codes(op: BoundOp, axis_size: int) -> list[int]:
 
 
 def enumerate_strategies(op: BoundOp, mesh: tuple[int, ...], allowed: AxisFilter | None = None) -> list[OpStrategy]:
-    """All strategies of an op on a mesh, the fully replicated one first. `allowed` leaves out codes of an axis (forced plans)."""
-    per_axis = [
-        [c for c in axis_codes(op, n) if c == REPLICATED or allowed is None or allowed(axis, c)] for axis, n in enumerate(mesh)
-    ]
-    options = [codes for codes in itertools.product(*per_axis) if _fits(op, codes, mesh)]
-    return [strategy(op, codes) for codes in thin_out(options, MAX_OPTIONS)]
+    """All strategies of an op on a mesh. `allowed` leaves out codes of an axis (forced plans); where what it leaves does not fit the
+    mesh (a batch too small for all axes), axes may stay whole after all."""
+    per_axis = [axis_codes(op, n) for n in mesh]
+    if allowed is not None:
+        per_axis = [allowed(axis, codes) for axis, codes in enumerate(per_axis)]
+    return [strategy(op, codes) for codes in _combinations(per_axis, op.sizes, mesh)]
+
+
+def _combinations(per_axis: list[list[int]], sizes: tuple[int, ...], mesh: tuple[int, ...]) -> list[Codes]:
+    for choices in (per_axis, [codes if REPLICATED in codes else [REPLICATED, *codes] for codes in per_axis]):
+        options = [codes for codes in itertools.product(*choices) if fits(codes, sizes, mesh)]
+        if options:
+            return thin_out(options, MAX_OPTIONS)
+    raise AssertionError("the replicated strategy always fits")
 
 
 def thin_out(options: list[Codes], limit: int) -> list[Codes]:
@@ -63,10 +71,6 @@ def thin_out(options: list[Codes], limit: int) -> list[Codes]:
         return options
     ranked = sorted(range(len(options)), key=lambda i: (max(options[i]), i))[:limit]
     return [options[i] for i in sorted(ranked)]
-
-
-def _fits(op: BoundOp, codes: Codes, mesh: tuple[int, ...]) -> bool:
-    return len(set(codes)) == len(codes) or fits(codes, op.sizes, mesh)
 
 
 def strategy(op: BoundOp, codes: Codes) -> OpStrategy:
@@ -96,12 +100,11 @@ def _result_code(op: BoundOp, atoms: tuple[int, ...], code: int) -> int:
 
 
 def value_layouts(atoms: tuple[int, ...], mesh: tuple[int, ...], allowed: AxisFilter | None = None) -> list[Layout]:
-    """All layouts without partials of a tensor with these atoms (stored state), the replicated one first."""
-    per_axis = [
-        [REPLICATED] + [a for a, size in enumerate(atoms) if size % n == 0 and (allowed is None or allowed(axis, a))]
-        for axis, n in enumerate(mesh)
-    ]
-    return thin_out([codes for codes in itertools.product(*per_axis) if fits(codes, atoms, mesh)], MAX_OPTIONS)
+    """All layouts without partials of a tensor with these atoms (stored state)."""
+    per_axis = [[REPLICATED] + [a for a, size in enumerate(atoms) if size % n == 0] for n in mesh]
+    if allowed is not None:
+        per_axis = [allowed(axis, codes) for axis, codes in enumerate(per_axis)]
+    return _combinations(per_axis, atoms, mesh)
 
 
 def unique(layouts: Iterable[Layout]) -> list[Layout]:

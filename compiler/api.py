@@ -1,0 +1,112 @@
+"""The pipeline on one screen: model + batch → StepGraph → Analysis → Plan → LocalProgram → running step.
+
+    capture     compiler/capture.py    model, batch              → StepGraph
+    analyse     compiler/analyse.py    StepGraph                 → Analysis (rules, factors)
+    plan_step   compiler/planner.py    Analysis, Cluster         → Plan (choices, prices, solver)
+    lower       compiler/lower.py      Analysis, Assignment      → LocalProgram
+    execute     runtime/execute.py     LocalProgram, state       → loss
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost_model.cluster import Cluster
+from .analyse import Analysis, analyse
+from .capture import capture
+from .plan import Plan
+from .planner import plan_step
+from .training_step import StepOptions, TrainingStep
+from .verify import VerifyReport, verify
+
+__all__ = ["Plan", "TrainingStep", "VerifyReport", "compile", "plan", "verify"]
+
+LossFn = Callable[[nn.Module, Any], Any]
+
+
+def compile(
+    model: nn.Module,
+    cluster: Cluster | str | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    clip_grad_norm: float | None = None,
+    autocast: torch.dtype | None = None,
+    mesh: tuple[int, ...] | None = None,
+    force: str | None = None,
+    memory_limit: float | None = None,
+    plan: Plan | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> TrainingStep:
+    """Make `model` a planned training step: `step = compile(model, cluster, optimizer=...)`, then `loss = step(batch)`.
+
+    cluster: a Cluster, the name of a preset or a file (default: this machine, one device per rank). optimizer: torch's SGD, Adam or
+    AdamW. loss_fn(model, batch): the loss, or (loss, extras...); default: the model's own. clip_grad_norm: max_norm. autocast: dtype of the
+    forward pass. mesh: devices per mesh axis (default: the planner chooses). force: an expert's recipe ("ddp", "zero3", "megatron",
+    ...; see `compiler.force`). memory_limit: bytes per device. plan: run this plan instead of making one. seed: of dropout.
+
+    Raises ValueError (or a named subclass) for what the user can mend; the text says how.
+    """
+    options = StepOptions(
+        loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast, mesh=mesh, force=force,
+        memory_limit=memory_limit, plan=plan, seed=seed, device=device,
+    )  # fmt: skip
+    return TrainingStep(model, resolve_cluster(cluster), options, _make)
+
+
+def plan(
+    model: nn.Module,
+    cluster: Cluster | str | None,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFn | None = None,
+    clip_grad_norm: float | None = None,
+    autocast: torch.dtype | None = None,
+    mesh: tuple[int, ...] | None = None,
+    force: str | None = None,
+    memory_limit: float | None = None,
+    time_limit_s: float = 60.0,
+) -> Plan:
+    """Plan without running: no GPU and no process group, and a model on the meta device is enough. Arguments as for `compile`."""
+    analysis, seconds = _analysed(model, batch, loss_fn, optimizer, clip_grad_norm, autocast)
+    return plan_step(
+        analysis, resolve_cluster(cluster), mesh=mesh, force=force, memory_limit=memory_limit, time_limit_s=time_limit_s, capture_s=seconds
+    )
+
+
+def _make(step: TrainingStep, batch: Any) -> None:
+    """Capture, plan (unless a plan was given) and install."""
+    o = step.options
+    analysis, seconds = _analysed(step.model, batch, o.loss_fn, o.optimizer, o.clip_grad_norm, o.autocast)
+    made = o.plan
+    if made is not None:
+        made.check(analysis.step)
+    else:
+        made = plan_step(
+            analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, time_limit_s=o.time_limit_s, capture_s=seconds
+        )
+    step.install(analysis, made)
+
+
+def _analysed(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, optimizer: torch.optim.Optimizer | None, clip: float | None,
+    autocast: torch.dtype | None,
+) -> tuple[Analysis, float]:  # fmt: skip
+    started = time.perf_counter()
+    step = capture(model, batch, loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip, autocast=autocast)
+    analysis = analyse(step)
+    return analysis, time.perf_counter() - started
+
+
+def resolve_cluster(cluster: Cluster | str | None) -> Cluster:
+    """A cluster from itself, a preset's name, a file, or this machine."""
+    if cluster is None:
+        return Cluster.detect()
+    return Cluster.resolve(cluster) if isinstance(cluster, str) else cluster

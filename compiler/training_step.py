@@ -1,0 +1,210 @@
+"""The compiled step a user calls: it plans at the first batch, then runs that plan on this rank.
+
+`TrainingStep` ties the two halves together: the compiler makes a plan and lowers it, `runtime.execute` runs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost_model.cluster import Cluster
+from ..runtime.execute import Executor
+from ..runtime.groups import AxisGroups
+from ..runtime.program import LocalProgram, shard_inputs
+from ..runtime.state import ProgramState
+from .analyse import Analysis
+from .capture_tree import batch_tensors
+from .lower import lower
+from .plan import Plan, fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """Options of `compile`; see there."""
+
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    clip_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    mesh: tuple[int, ...] | None = None
+    force: str | None = None
+    memory_limit: float | None = None
+    plan: Plan | None = None
+    seed: int = 0
+    device: str | None = None
+    time_limit_s: float = 60.0
+
+
+class StepError(ValueError):
+    """A step is used in a way it cannot work."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is NaN or infinite."""
+
+
+class TrainingStep:
+    """One training step: `loss = step(batch)` runs forward, backward and update. Made by `opweave.compile`.
+
+    `batch` is the global batch, the same on every rank. The first call captures, plans and lowers for its shapes; later batches must have
+    the same shapes and dtypes. `plan`, `analysis` and `program` are there from then on.
+    """
+
+    def __init__(self, model: nn.Module, cluster: Cluster, options: StepOptions, make: Callable[[TrainingStep, Any], None]) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.options = options
+        self._make = make
+        self._plan = options.plan
+        self.analysis: Analysis | None = None
+        self.program: LocalProgram | None = None
+        self.executor: Executor | None = None
+        self.num_steps = 0
+        self.extras: Any = None
+        self._pending_load: str | None = None
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Any) -> TrainingStep:
+        """Capture, plan and lower for a batch's shapes without running; done by the first call otherwise. Returns self."""
+        if self.executor is None:
+            self._make(self, batch)
+        return self
+
+    def install(self, analysis: Analysis, plan: Plan) -> None:
+        """Lower a plan and set up this rank. Called by the pipeline in `api`."""
+        _check_materialised(self.model)
+        self.analysis, self._plan = analysis, plan
+        device = self._device()
+        optimizer = self.options.optimizer
+        assignment = plan.assignment(analysis.step, analysis.factors)
+        self.program = lower(
+            analysis.step, analysis.factors, assignment, device=str(device), optimizer=type(optimizer).__name__ if optimizer else ""
+        )
+        groups = AxisGroups(plan.mesh)
+        groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step)})
+        limit = self.options.memory_limit
+        self.executor = Executor(self.program, groups, device, optimizer, limit_bytes=None if limit is None else int(limit))
+        self.executor.state = ProgramState.from_model(self.program, self.model, groups.coords, device=device, optimizer=optimizer)
+        if self._pending_load is not None:
+            path, self._pending_load = self._pending_load, None
+            self.load(path)
+
+    def _device(self) -> torch.device:
+        if self.options.device is not None:
+            return torch.device(self.options.device)
+        if self.cluster.device.kind != "cuda":
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise StepError(
+                f"cluster {self.cluster.name!r} has CUDA devices, this machine has none: a plan for it can be made here "
+                "(opweave.plan), but runs there. To run here use Cluster.detect()"
+            )
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Any) -> torch.Tensor:
+        """One step on the global batch; returns the loss (a 0-dim tensor). Raises NonFiniteLossError on a NaN or infinite loss."""
+        self.prepare(batch)
+        assert self.executor is not None and self.program is not None
+        pieces = shard_inputs(self.program, self._inputs(batch), self.executor.groups.coords)
+        return self._finish(self.executor.run(pieces))
+
+    def _inputs(self, batch: Any) -> dict[str, Any]:
+        assert self.analysis is not None
+        return step_inputs(self.analysis, batch, self.options.seed, self.num_steps)
+
+    def _finish(self, outputs: list[Any]) -> torch.Tensor:
+        assert self.analysis is not None
+        self.num_steps += 1
+        kinds = [o.kind for o in self.analysis.step.outputs if o.kind in ("loss", "extra", "grad")]
+        loss = outputs[0]
+        extras = [value for kind, value in zip(kinds, outputs, strict=True) if kind == "extra"]
+        self.extras = self.analysis.step.extra_spec.rebuild(extras) if self.analysis.step.extra_spec else None
+        if not bool(torch.isfinite(loss).all()):
+            raise NonFiniteLossError(
+                f"the loss of step {self.num_steps} is {loss.item()}; the update of this step has been applied. Load the last checkpoint, then look "
+                "at the batch, lower the learning rate, or pass clip_grad_norm="
+            )
+        return loss
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan. Raises StepError before the first batch (its shapes decide the plan)."""
+        if self._plan is None:
+            raise StepError("there is no plan yet: it is made for the shapes of the first batch; call step(batch) or step.prepare(batch) first")
+        return self._plan
+
+    @property
+    def state(self) -> ProgramState:
+        """This rank's parameters, buffers and optimizer state."""
+        if self.executor is None:
+            raise StepError("there is no state yet: call step(batch) or step.prepare(batch) first")
+        return self.executor.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, buffers and optimizer state as DTensors."""
+        return self.state.state_dict(self._groups())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint any plan and world size can load. All ranks call it; an interrupted save leaves the old one whole."""
+        self.state.save(path, self._groups(), extra={"num_steps": self.num_steps})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Load a checkpoint, whatever plan and world size wrote it. Before the first batch it is remembered and loaded then."""
+        if self.executor is None:
+            self._pending_load = os.fspath(path)
+            return
+        extra = self.state.load(path, self._groups())
+        self.num_steps = int(extra.get("num_steps", 0))
+
+    def export_safetensors(self, path: str | os.PathLike[str]) -> None:
+        """Write the plain model's state dict as one safetensors file (by rank 0; all ranks call it)."""
+        self.state.export_safetensors(path, self._groups(), self.model)
+
+    def to_model(self) -> nn.Module:
+        """Copy the trained parameters and buffers back into the user's model (all ranks call it). Returns the model."""
+        self.state.to_model(self.model, self._groups())
+        return self.model
+
+    def _groups(self) -> AxisGroups:
+        assert self.executor is not None
+        return self.executor.groups
+
+
+def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> dict[str, Any]:
+    """Global inputs of a step by port name: the batch's tensors and the seed of the step."""
+    names = {i.fqn: i.name for i in analysis.step.inputs if i.kind == "batch"}
+    given = batch_tensors(batch)
+    if set(given) != set(names):
+        raise StepError(
+            f"the batch has tensors {sorted(given)}, the batch this step was compiled with had {sorted(names)}; give batches of one structure"
+        )
+    out: dict[str, Any] = {names[path]: tensor for path, tensor in given.items()}
+    for info in analysis.step.inputs:
+        if info.kind == "seed":
+            out[info.name] = torch.tensor((seed << 32) + num_steps, dtype=torch.int64)
+    return out
+
+
+def plan_text(plan: Plan) -> str:
+    """What all ranks must agree on: mesh and every decision."""
+    return repr((plan.mesh, [(d.kind, d.nodes, d.codes) for d in plan.decisions]))
+
+
+def _check_materialised(model: nn.Module) -> None:
+    meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if meta:
+        raise StepError(
+            f"{len(meta)} parameters are on the meta device ({meta[0]!r}, ...): they can be planned for but not trained. "
+            "Materialise the model first: model.to_empty(device='cpu') and load or initialise its weights"
+        )

@@ -1,0 +1,171 @@
+"""Evidence: a plan run in lockstep (all ranks in one process) against the unmodified model trained on one device."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost_model.cluster import Cluster, Link
+from ..runtime.lockstep import LockstepExecutor
+from ..runtime.sharding import unravel
+from ..runtime.state import ProgramState
+from .analyse import Analysis, analyse
+from .capture import capture, default_loss
+from .capture_tree import map_tensors
+from .lower import lower
+from .plan import Plan
+from .planner import plan_step
+from .training_step import step_inputs
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Largest relative difference accepted, by dtype: rounding of sums in another order, over a few steps."""
+
+
+class VerificationError(AssertionError):
+    """The planned step does not compute what the model computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """max_relative_difference: of the losses and of the parameters (largest difference over largest magnitude, per tensor).
+
+    collectives: kind → number in one step. replicated_ops: ops without a rule, with reason and count. plan: the plan that ran.
+    """
+
+    max_relative_difference: dict[str, float]
+    collectives: dict[str, int]
+    replicated_ops: list[dict[str, Any]]
+    losses: list[float]
+    tolerance: float
+    plan: Plan
+
+    @property
+    def holds(self) -> bool:
+        """Whether both differences are within the tolerance."""
+        return all(d <= self.tolerance for d in self.max_relative_difference.values())
+
+
+def verify(
+    model: nn.Module,
+    batch: Any,
+    ranks: tuple[int, ...] = (2,),
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: int = 3,
+    dtype: torch.dtype = torch.float64,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None,
+    clip_grad_norm: float | None = None,
+    force: str | None = None,
+    cluster: Cluster | None = None,
+    plan: Plan | None = None,
+    tolerance: float | None = None,
+) -> VerifyReport:
+    """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
+
+    The model and optimizer given are not changed. A model with dropout in its forward pass is compared with its own one-device program
+    (random numbers are opweave's). Raises VerificationError where a difference exceeds `tolerance`.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    batch = map_tensors(batch, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
+    reference_optimizer = _optimizer_for(model, optimizer)
+    analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm))
+    cluster = cluster or _pretend_cluster(math.prod(ranks))
+    if plan is None:
+        plan = plan_step(analysis, cluster, mesh=tuple(ranks), force=force)
+    else:
+        plan.check(analysis.step)
+    losses, params, counts = _lockstep(analysis, plan, model, reference_optimizer, batch, steps)
+    if any(i.kind == "seed" for i in analysis.step.inputs):
+        single = plan_step(analysis, _pretend_cluster(1), mesh=(1,))
+        expected_losses, expected, _ = _lockstep(analysis, single, model, reference_optimizer, batch, steps)
+    else:
+        expected_losses, expected = _plain(model, reference_optimizer, batch, steps, loss_fn or default_loss, clip_grad_norm)
+    report = VerifyReport(
+        max_relative_difference={
+            "loss": max(_relative(torch.tensor(a), torch.tensor(b)) for a, b in zip(losses, expected_losses, strict=True)),
+            "parameters": max(_relative(params[name], value) for name, value in expected.items()),
+        },
+        collectives=counts, replicated_ops=plan.replicated_ops, losses=losses,
+        tolerance=TOLERANCE[dtype] if tolerance is None else tolerance, plan=plan,
+    )  # fmt: skip
+    if not report.holds:
+        worst = max(expected, key=lambda name: _relative(params[name], expected[name]))
+        raise VerificationError(
+            f"after {steps} steps on mesh {'x'.join(map(str, plan.mesh))} the losses differ by {report.max_relative_difference['loss']:.3g} and the "
+            f"parameters by {report.max_relative_difference['parameters']:.3g} (most in {worst}), more than {report.tolerance:g}; "
+            "please report this with the model: it is a fault of opweave or an op with a wrong user pattern"
+        )
+    return report
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
+        return math.inf
+    scale = float(b.detach().abs().max()) if b.numel() else 0.0
+    gap = float((a.detach() - b.detach()).abs().max()) if b.numel() else 0.0
+    return gap / scale if scale > 0 else gap
+
+
+def _optimizer_for(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """An optimizer like the user's (AdamW by default) over a copied model's parameters, group by group."""
+    if optimizer is None:
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    position = _positions(optimizer)
+    params = list(model.parameters())
+    groups = [{**group, "params": [params[position[id(p)]] for p in group["params"]], "fused": True, "foreach": None} for group in optimizer.param_groups]
+    return type(optimizer)(groups)
+
+
+def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(p): i for i, p in enumerate(flat)}
+
+
+def _pretend_cluster(num_devices: int) -> Cluster:
+    """A cluster of the size of the mesh whose links cost next to nothing, so that tiny models get split, too: what is verified is the
+    plan's results, not its price."""
+    cpu = Cluster.preset("cpu", devices=num_devices)
+    link = Link(latency_s=1e-9, bandwidth_bytes_per_s=1e12)
+    return replace(cpu, name="lockstep", intra_node=link, inter_node=link, device=replace(cpu.device, launch_s=0.0))
+
+
+def _lockstep(
+    analysis: Analysis, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, int]]:
+    program = lower(
+        analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=type(optimizer).__name__
+    )
+    executor = LockstepExecutor(program, optimizer)
+    executor.states = [
+        ProgramState.from_model(program, model, unravel(rank, plan.mesh)) for rank in range(math.prod(plan.mesh))
+    ]
+    losses = [float(executor.run(step_inputs(analysis, batch, 0, i))[0]) for i in range(steps)]
+    params = {}
+    for key, port in program.stored.items():
+        if key[0] in ("param", "buffer"):
+            assert port.spec is not None
+            params[key[1]] = port.spec.unshard([state.tensors[key] for state in executor.states])
+    return losses, params, dict(executor.collectives.num)
+
+
+def _plain(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int, loss_fn: Callable[[nn.Module, Any], Any], clip: float | None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        result = loss_fn(model, batch)
+        loss = result[0] if isinstance(result, (tuple, list)) else result
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    values = {name: p.detach() for name, p in model.named_parameters()} | {name: b.detach() for name, b in model.named_buffers() if b is not None}
+    return losses, {name: v for name, v in values.items() if v.is_floating_point()}
