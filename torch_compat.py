@@ -129,8 +129,3 @@ def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 foreach_add_ = torch._foreach_add_  # 2.13
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in any order of dims."""
-    return tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(tensor)  # 2.13

@@ -5,16 +5,25 @@ of this rank's mesh coordinates, used by the functions of `runtime.collectives` 
 ATen/opweave ops, Python functions of `runtime.collectives` and `runtime.update`, or `operator.getitem`.
 
 A collective starts where its node stands and yields a pending value; `collectives.wait` yields the tensor.
+
+The optimizer is not in the graph: `update.fused_update` is a name that the executor binds to the step counts of its `ProgramState` and the
+`param_groups` of the user's optimizer, as it binds the collectives to its process groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from .sharding import ShardSpec
+
+# Kinds of inputs and outputs that outlive the step: a `ProgramState` holds them.
+STORED_KINDS = ("param", "buffer", "state")
+Key = tuple[str, str, str]  # (kind, fqn, slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +37,11 @@ class Port:
     group: int = -1
     dtype: torch.dtype = torch.float32
     spec: ShardSpec | None = None  # None: a value without layout (a Python number)
+
+    @property
+    def key(self) -> Key:
+        """What identifies a stored tensor: the same for the input and the output that replaces it."""
+        return (self.kind, self.fqn, self.slot)
 
 
 @dataclass(slots=True)
@@ -44,3 +58,23 @@ class LocalProgram:
     outputs: tuple[Port, ...]
     # The optimizer's class name ("AdamW") for the update; "" where nothing is updated.
     optimizer: str = ""
+
+    @property
+    def stored(self) -> dict[Key, Port]:
+        """The inputs that a `ProgramState` holds."""
+        return {port.key: port for port in self.inputs if port.kind in STORED_KINDS}
+
+
+def shard_inputs(program: LocalProgram, values: Mapping[str, Any], coords: tuple[int, ...]) -> dict[str, Any]:
+    """The pieces of the device at `coords` of global inputs, by port name. Raises ValueError on a wrong global shape."""
+    specs = {port.name: port for port in program.inputs}
+    out = dict(values)
+    for name, value in values.items():
+        port = specs.get(name)
+        if port is None or port.spec is None or not isinstance(value, torch.Tensor):
+            continue
+        try:
+            out[name] = port.spec.shard(value, coords)
+        except ValueError as error:
+            raise ValueError(f"input {port.fqn or name!r}: {error}") from None
+    return out

@@ -1,0 +1,73 @@
+"""Small hand-written local programs for the runtime's tests."""
+
+import operator
+
+import torch
+from opweave.runtime import collectives as co
+from opweave.runtime import update
+from opweave.runtime.program import LocalProgram, Port
+from opweave.runtime.sharding import ShardSpec, replicated
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def sharded(shape, mesh, axes, factors=None) -> ShardSpec:
+    return ShardSpec(shape=tuple(shape), factors=factors or tuple((s,) for s in shape), axes=tuple(axes), mesh=mesh)
+
+
+def linear_program(mesh=(2,), kind="AdamW", batch=8, width=4, dtype=torch.float32, zero=False) -> LocalProgram:
+    """One training step of loss = mean((x w)^2) under data parallelism over axis 0.
+
+    With `zero`, the weight and its state are split over axis 0: gathered for use, the gradient reduce-scattered.
+    """
+    graph = fx.Graph()
+    add, call = graph.placeholder, graph.call_function
+    add("coords")
+    x, w = add("x"), add("w")
+    slots = update.STATE_SLOTS[kind][:2]
+    states = [add(name) for name in slots]
+    full = w
+    if zero:
+        full = call(co.wait, (call(co.all_gather, (w, (0,), 0, 1)),))
+    y = call(aten.mm.default, (x, full))
+    square = call(aten.mul.Tensor, (y, y))
+    partial = call(aten.sum.default, (square,))
+    scaled = call(aten.div.Tensor, (partial, batch * width))
+    loss = call(co.all_reduce, (scaled, (0,), "sum"))
+    dy = call(aten.mul.Tensor, (y, 2 / (batch * width)))
+    dw = call(aten.mm.default, (call(aten.t.default, (x,)), dy))
+    dw = call(co.reduce_scatter, (dw, (0,), 0, 1)) if zero else call(co.all_reduce, (dw, (0,)))
+    dw = call(co.wait, (dw,))
+    new = call(update.fused_update, ([w], [dw], [states], kind, 0, ["w"]))
+    values = [call(operator.getitem, (new, i)) for i in range(1 + len(states))]
+    loss = call(co.wait, (loss,))
+    graph.output((loss, *values))
+
+    weight = sharded((width, width), mesh, [(0, 0)] if zero else [None], None)
+    ports = [Port(name="w", kind="param", fqn="w", group=0, dtype=dtype, spec=weight)]
+    ports += [Port(name=slot, kind="state", fqn="w", slot=slot, group=0, dtype=dtype, spec=weight) for slot in slots]
+    data = Port(name="x", kind="batch", fqn="x", dtype=dtype, spec=sharded((batch, width), mesh, [(0, 0)]))
+    loss_port = Port(name="loss", kind="loss", fqn="", dtype=dtype, spec=replicated((), mesh))
+    return LocalProgram(mesh=mesh, graph=graph, inputs=(data, *ports), outputs=(loss_port, *ports), optimizer=kind)
+
+
+class Linear(torch.nn.Module):
+    """What `linear_program` trains."""
+
+    def __init__(self, width=4, dtype=torch.float32):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype))
+
+    def forward(self, x):
+        return (x @ self.w).square().mean()
+
+
+def batches(num=3, batch=8, width=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(num)]
+
+
+def optimizer_of(kind, params, fused=True, **options):
+    options = {"lr": 0.1, "fused": fused} | ({"momentum": 0.9} if kind == "SGD" else {}) | options
+    return getattr(torch.optim, kind)(params, **options)

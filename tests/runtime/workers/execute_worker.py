@@ -1,0 +1,81 @@
+"""One rank of test_execute: runs the small programs, or one of the ways in which a job goes wrong."""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from opweave.runtime.collectives import CommunicationError
+from opweave.runtime.execute import Executor
+from opweave.runtime.groups import AgreementError, AxisGroups, GroupError
+from opweave.runtime.lockstep import LockstepExecutor
+from opweave.runtime.program import shard_inputs
+from opweave.runtime.sharding import unravel
+from opweave.runtime.state import ProgramState
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from programs import Linear, batches, linear_program, optimizer_of
+
+
+def train() -> None:
+    groups = AxisGroups((2,))
+    groups.check_agreement({"plan": "the same", "model": "the same"})
+    for zero in (False, True):
+        program = linear_program(zero=zero)
+        model = Linear()
+        optimizer = optimizer_of("AdamW", model.parameters())
+        executor = Executor(program, groups, optimizer=optimizer, state=ProgramState.from_model(program, model, groups.coords))
+        states = [ProgramState.from_model(program, model, unravel(rank, (2,))) for rank in range(2)]
+        lockstep = LockstepExecutor(program, optimizer, states=states)
+        for x in batches():
+            (loss,) = executor.run(shard_inputs(program, {"x": x}, groups.coords))
+            (expected,) = lockstep.run({"x": x})
+            assert torch.equal(loss, expected), f"{loss} {expected}"
+            for key, value in executor.state.tensors.items():
+                assert torch.equal(value, states[groups.rank].tensors[key]), f"{key} differs"
+    dist.barrier()
+    print("execute ok")
+
+
+def disagree() -> None:
+    groups = AxisGroups((2,))
+    try:
+        groups.check_agreement({"plan": "the same", "model": f"model {groups.rank}"})
+    except AgreementError as error:
+        print(f"rank refused: {error}", flush=True)
+
+
+def world() -> None:
+    try:
+        AxisGroups((4,))
+    except GroupError as error:
+        print(error, flush=True)
+
+
+def stop() -> None:
+    groups = AxisGroups((2,))
+    program = linear_program()
+    model = Linear()
+    state = ProgramState.from_model(program, model, groups.coords)
+    executor = Executor(program, groups, optimizer=optimizer_of("AdamW", model.parameters()), state=state)
+    dist.barrier()
+    if groups.rank == 1:
+        sys.stdout.flush()
+        os._exit(0)
+    try:
+        executor.run({"x": torch.ones(4, 4)})
+    except CommunicationError as error:
+        print(f"rank 0 refused: {error}", flush=True)
+    os._exit(0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    {"train": train, "disagree": disagree, "world": world, "stop": stop}[sys.argv[1] if len(sys.argv) > 1 else "train"]()
+    dist.destroy_process_group()
+
+
+main()
