@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -114,29 +114,12 @@ def _sizes(text: str | None, option: str) -> tuple[int, ...] | None:
     return None if text is None else parse_sizes(text, option)
 
 
-def _function(spec: str) -> Callable[..., Any]:
-    """The function that "package.module:name" names."""
-    module_name, _, name = spec.partition(":")
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"model {spec!r}: module {module_name!r} cannot be imported: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"model {spec!r}: module {module_name!r} has no function {name!r}")
-    return found
-
-
 def _resolve_model(spec: str, batch: tuple[int, ...] | None) -> tuple[Any, Any]:
-    """(model, batch) of a zoo name or a user's function."""
-    if ":" in spec:
-        made = _function(spec)()
-        if not (isinstance(made, tuple) and len(made) == 2):
-            raise ValueError(f"model {spec!r}: the function returned {type(made).__name__}, it must return a tuple (model, batch)")
-        return made
+    """(model, batch) of a zoo name or of a user's function, which may lie in the current folder."""
     from . import zoo
 
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     return zoo.resolve(spec, batch)
 
 
@@ -356,14 +339,15 @@ def _source_of(made: Any, path: str) -> str:
 @app.command()
 @_reports_errors
 def models(as_json: JsonOption = False) -> None:
-    """List the models that ship, by name."""
+    """List the models that ship: name, family, parameters, default batch and where the sizes come from."""
     from . import zoo
+    from .cli_tables import rows_table
 
-    names = list(zoo.names())
+    rows = zoo.describe()
     if as_json:
-        _print_json({"models": names})
+        _print_json({"models": rows})
     else:
-        _out.print("\n".join(names), highlight=False)
+        _out.print(rows_table("models", rows))
 
 
 @app.command()
