@@ -83,8 +83,8 @@ def _own(row: Row, model: nn.Module, size: BatchSize) -> Batch:
 
 def _opt(name: str, hidden: int, layers: int, heads: int, params: int, **extra: Any) -> Row:
     kwargs = {
-        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden,
-        "vocab_size": 50272, "max_position_embeddings": 2048, "dropout": 0.0, "use_cache": False, **extra,
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * hidden,
+        "word_embed_proj_dim": hidden, "vocab_size": 50272, "max_position_embeddings": 2048, "dropout": 0.0, **extra,
     }  # fmt: skip
     return Row(
         name=name, family="opt", config="OPTConfig", model="OPTForCausalLM", kwargs=kwargs, make_batch=_tokens, num_parameters=params,
@@ -94,8 +94,8 @@ def _opt(name: str, hidden: int, layers: int, heads: int, params: int, **extra: 
 
 def _gpt2(name: str, hidden: int, layers: int, heads: int, params: int, **extra: Any) -> Row:
     kwargs = {
-        "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 50257, "n_positions": 1024, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0, "use_cache": False, **extra,
+        "n_embd": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 50257, "n_positions": 1024, "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, **extra,
     }  # fmt: skip
     return Row(
         name=name, family="gpt2", config="GPT2Config", model="GPT2LMHeadModel", kwargs=kwargs, make_batch=_tokens, num_parameters=params,
@@ -106,7 +106,7 @@ def _gpt2(name: str, hidden: int, layers: int, heads: int, params: int, **extra:
 def _llama(name: str, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, params: int, source: str) -> Row:
     kwargs = {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "intermediate_size": ffn, "vocab_size": vocabulary, "max_position_embeddings": 4096, "use_cache": False,
+        "intermediate_size": ffn, "vocab_size": vocabulary, "max_position_embeddings": 4096,
     }  # fmt: skip
     return Row(
         name=name, family="llama", config="LlamaConfig", model="LlamaForCausalLM", kwargs=kwargs, make_batch=_tokens, num_parameters=params,
@@ -169,7 +169,8 @@ ROWS: tuple[Row, ...] = (
     ),
     _row(
         "t5-tiny", "t5", "T5ForConditionalGeneration", (8, 16), 0, _OURS, _sequences,
-        d_model=64, d_kv=8, d_ff=128, num_layers=2, num_heads=8, vocab_size=512, dropout_rate=0.0, use_cache=False, decoder_start_token_id=0,
+        d_model=64, d_kv=8, d_ff=128, num_layers=2, num_heads=8, vocab_size=512, dropout_rate=0.0, use_cache=False,
+        decoder_start_token_id=0,
     ),
     _row(
         "bart-large", "bart", "BartForConditionalGeneration", (8, 512), 0, "Lewis et al. 2019, arXiv:1910.13461", _sequences,
@@ -199,8 +200,8 @@ ROWS: tuple[Row, ...] = (
         embedding_size=16, hidden_sizes=[32, 64], depths=[2, 1], num_labels=16,
     ),
     _row(
-        "mobilenet-v2", "mobilenet", "MobileNetV2ForImageClassification", (64, 224), 0, "Sandler et al. 2018, arXiv:1801.04381, table 2", _images,
-        num_labels=1000, classifier_dropout_prob=0.0,
+        "mobilenet-v2", "mobilenet", "MobileNetV2ForImageClassification", (64, 224), 0, "Sandler et al. 2018, arXiv:1801.04381, table 2",
+        _images, num_labels=1000, classifier_dropout_prob=0.0,
     ),
     _row(
         "mobilenet-tiny", "mobilenet", "MobileNetV2ForImageClassification", (8, 32), 0, _OURS, _images,
@@ -209,23 +210,23 @@ ROWS: tuple[Row, ...] = (
     _row(
         "mixtral-8x7b", "mixtral", "MixtralForCausalLM", (8, 1024), 0, "Jiang et al. 2024, arXiv:2401.04088, table 1", _tokens,
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, num_local_experts=8,
-        num_experts_per_tok=2, vocab_size=32000, max_position_embeddings=4096, use_cache=False,
+        num_experts_per_tok=2, vocab_size=32000, max_position_embeddings=4096,
     ),
     _row(
         "mixtral-tiny", "mixtral", "MixtralForCausalLM", (8, 16), 0, _OURS, _tokens,
         **_TINY, num_key_value_heads=8, intermediate_size=128, num_local_experts=8, num_experts_per_tok=2, vocab_size=512,
-        max_position_embeddings=64, use_cache=False,
+        max_position_embeddings=64,
     ),
     _row(
         "qwen3-30b-a3b", "qwen3-moe", "Qwen3MoeForCausalLM", (8, 1024), 0, "Qwen3, arXiv:2505.09388, table 2", _tokens,
         hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128, intermediate_size=6144,
         moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, vocab_size=151936,
-        max_position_embeddings=4096, use_cache=False,
+        max_position_embeddings=4096,
     ),
     _row(
         "qwen3-moe-tiny", "qwen3-moe", "Qwen3MoeForCausalLM", (8, 16), 0, _OURS, _tokens,
         **_TINY, num_key_value_heads=8, head_dim=8, intermediate_size=128, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=True, vocab_size=512, max_position_embeddings=64, use_cache=False,
+        norm_topk_prob=True, vocab_size=512, max_position_embeddings=64,
     ),
     # The scan runs step by step outside of its GPU kernels: the graph grows with the sequence, so the default one is short.
     _row(
@@ -268,8 +269,8 @@ def row(name: str) -> Row:
     """The row of a name. Raises UnknownModelError with the valid names."""
     if name not in _BY_NAME:
         raise UnknownModelError(
-            f"no model {name!r} in the zoo; there are {', '.join(names())}. For a model of your own give `package.module:function`, a function "
-            "that returns (model, batch)"
+            f"no model {name!r} in the zoo; there are {', '.join(names())}. For a model of your own give `package.module:function`, a "
+            "function that returns (model, batch)"
         )
     return _BY_NAME[name]
 
