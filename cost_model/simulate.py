@@ -1,0 +1,302 @@
+"""Discrete-event simulation of one step: instructions on streams in, step time, busy and exposed time, memory peaks and a timeline out.
+
+The model, as CUDA streams and worker threads behave:
+
+- Each stream runs its instructions in list order, one at a time. An instruction starts when its stream is free, all instructions it
+  waits for have ended, and the host has issued it; the host issues in list order and needs `launch_s` each.
+- Instructions that use a shared resource (a host link, a memory bus, a network card) at the same time slow each other down: where
+  the demands on a resource add up to D > 1, everything that uses it runs at 1/D of its speed.
+- A buffer is allocated when the instruction that names it in `allocs` starts, and freed when the one that names it in `frees` ends.
+
+Without contention one pass in list order is exact; with it, an event loop runs. Both take well under 2 s for 100,000 instructions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+COMPUTE = "compute"
+
+Floats = npt.NDArray[np.float64]
+
+
+class Buffer(NamedTuple):
+    """Bytes of a pool ("device", "host", "disk") under a name that is unique in the program; `owner` groups buffers in reports."""
+
+    name: str
+    pool: str
+    num_bytes: int
+    owner: str = ""
+
+
+class Instruction(NamedTuple):
+    """One thing a stream does. seconds: alone, without contention. waits: indices of earlier instructions.
+
+    uses: (resource, demand) pairs; demand 1 saturates the resource. frees: names of buffers.
+    """
+
+    name: str
+    stream: str
+    seconds: float
+    waits: tuple[int, ...] = ()
+    allocs: tuple[Buffer, ...] = ()
+    frees: tuple[str, ...] = ()
+    uses: tuple[tuple[str, float], ...] = ()
+    op_class: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """Most bytes a pool holds, when, and whose they are (owner, bytes), largest first."""
+
+    num_bytes: int
+    time_s: float
+    owners: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """What a step is predicted to do. start_s, end_s: per instruction.
+
+    busy_s: per stream. exposed_s: per stream other than compute, the time it is busy while compute is not. memory: per pool the points
+    (time, bytes) at which its use changes.
+    """
+
+    step_time_s: float
+    start_s: Floats
+    end_s: Floats
+    busy_s: dict[str, float]
+    exposed_s: dict[str, float]
+    peaks: dict[str, Peak]
+    memory: dict[str, tuple[Floats, Floats]]
+
+
+def simulate(
+    instructions: Sequence[Instruction], *, resident: Iterable[Buffer] = (), launch_s: float = 0.0, compute: str = COMPUTE
+) -> Simulation:
+    """Run a program on paper.
+
+    resident: buffers that exist before the step (parameters, optimizer state). launch_s: host seconds per instruction. compute: the
+    stream that others are hidden behind. Raises ValueError for a wait that is not on an earlier instruction, a duration that is no
+    time, or a buffer that is freed twice or never allocated.
+    """
+    _check(instructions, launch_s)
+    contended = _contended_resources(instructions)
+    start, end = _event_loop(instructions, launch_s, contended) if contended else _one_pass(instructions, launch_s)
+    peaks, memory = _memory(instructions, tuple(resident), start, end)
+    busy, exposed = _streams(instructions, start, end, compute)
+    step = float(end.max()) if len(end) else 0.0
+    return Simulation(step_time_s=step, start_s=start, end_s=end, busy_s=busy, exposed_s=exposed, peaks=peaks, memory=memory)
+
+
+def _check(instructions: Sequence[Instruction], launch_s: float) -> None:
+    if not (math.isfinite(launch_s) and launch_s >= 0):
+        raise ValueError(f"launch_s is {launch_s!r}; it must be a finite number of seconds, 0 or more")
+    for index, (name, _, seconds, waits, *_) in enumerate(instructions):
+        if not (seconds >= 0 and math.isfinite(seconds)):
+            raise ValueError(f"instruction {index} ({name}) takes {seconds!r} s; it must be a finite number, 0 or more")
+        for wait in waits:
+            if not 0 <= wait < index:
+                raise ValueError(f"instruction {index} ({name}) waits for {wait}; only earlier ones, 0 to {index - 1}, are possible")
+
+
+# --- time --------------------------------------------------------------------------------------------------------------------------
+
+
+def _contended_resources(instructions: Sequence[Instruction]) -> set[str]:
+    """Resources that more than one stream uses with demands that can add up to more than 1."""
+    demand: dict[str, dict[str, float]] = {}
+    for item in instructions:
+        for resource, share in item.uses:
+            streams = demand.setdefault(resource, {})
+            streams[item.stream] = max(share, streams.get(item.stream, 0.0))
+    return {resource for resource, streams in demand.items() if len(streams) > 1 and sum(streams.values()) > 1}
+
+
+def _one_pass(instructions: Sequence[Instruction], launch_s: float) -> tuple[Floats, Floats]:
+    """List order is an order in which every start is known: streams and waits only look back."""
+    start, end = [0.0] * len(instructions), [0.0] * len(instructions)
+    free: dict[str, float] = {}
+    for index, (_, stream, seconds, waits, *_) in enumerate(instructions):
+        at = max(free.get(stream, 0.0), launch_s * (index + 1) if launch_s else 0.0)
+        for wait in waits:
+            if end[wait] > at:
+                at = end[wait]
+        start[index] = at
+        free[stream] = end[index] = at + seconds
+    return np.array(start), np.array(end)
+
+
+class _Streams:
+    """The event loop's state: what each stream runs and how much of it is left."""
+
+    def __init__(self, instructions: Sequence[Instruction], launch_s: float, contended: set[str]) -> None:
+        self.items = instructions
+        self.launch_s = launch_s
+        self.uses = [[use for use in item.uses if use[0] in contended] for item in instructions]
+        self.queues: dict[str, list[int]] = {}
+        self.waiting = [len(item.waits) for item in instructions]
+        self.dependents: list[list[int]] = [[] for _ in instructions]
+        for index, item in enumerate(instructions):
+            self.queues.setdefault(item.stream, []).append(index)
+            for wait in item.waits:
+                self.dependents[wait].append(index)
+        for queue in self.queues.values():
+            queue.reverse()  # the next one is at the end
+        self.left: dict[int, float] = {}
+        self.idle = set(self.queues)
+        self.start = np.zeros(len(instructions))
+        self.end = np.zeros(len(instructions))
+
+    def start_ready(self, now: float) -> float:
+        """Start what can start; returns the time at which the host issues the next one that waits for that only."""
+        next_issue = math.inf
+        for stream in sorted(self.idle):
+            queue = self.queues[stream]
+            if not queue or self.waiting[queue[-1]]:
+                continue
+            issued = self.launch_s * (queue[-1] + 1)
+            if issued > now:
+                next_issue = min(next_issue, issued)
+                continue
+            index = queue.pop()
+            self.idle.discard(stream)
+            self.start[index] = now
+            self.left[index] = self.items[index].seconds
+        return next_issue
+
+    def rates(self) -> dict[int, float]:
+        """Speed of each running instruction, 1 where nothing is in its way."""
+        total: dict[str, float] = {}
+        for index in self.left:
+            for resource, share in self.uses[index]:
+                total[resource] = total.get(resource, 0.0) + share
+        rates = dict.fromkeys(self.left, 1.0)
+        if total and max(total.values()) > 1:
+            for index in rates:
+                for resource, _ in self.uses[index]:
+                    rates[index] = min(rates[index], 1.0 / total[resource])
+        return rates
+
+    def finish(self, index: int, now: float) -> None:
+        del self.left[index]
+        self.end[index] = now
+        self.idle.add(self.items[index].stream)
+        for dependent in self.dependents[index]:
+            self.waiting[dependent] -= 1
+
+
+def _event_loop(instructions: Sequence[Instruction], launch_s: float, contended: set[str]) -> tuple[Floats, Floats]:
+    state, now, done = _Streams(instructions, launch_s, contended), 0.0, 0
+    while done < len(instructions):
+        next_issue = state.start_ready(now)
+        rates = state.rates()
+        until = min((state.left[i] / rate for i, rate in rates.items()), default=math.inf)
+        step = min(until, next_issue - now)
+        now = next_issue if step < until else now + step
+        for index, rate in rates.items():
+            state.left[index] -= step * rate
+        for index in [i for i, left in state.left.items() if left <= 1e-15]:
+            state.finish(index, now)
+            done += 1
+    return state.start, state.end
+
+
+def _streams(instructions: Sequence[Instruction], start: Floats, end: Floats, compute: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Busy seconds per stream and, but for compute, the part of them in which compute stands still."""
+    members: dict[str, list[int]] = {}
+    for index, item in enumerate(instructions):
+        members.setdefault(item.stream, []).append(index)
+    busy = {stream: float((end[ids] - start[ids]).sum()) for stream, ids in members.items()}
+    hidden_until = _busy_until(start, end, members.get(compute, []))
+    exposed = {}
+    for stream, ids in members.items():
+        if stream != compute:
+            hidden = float((hidden_until(end[ids]) - hidden_until(start[ids])).sum())
+            exposed[stream] = max(0.0, busy[stream] - hidden)
+    return busy, exposed
+
+
+def _busy_until(start: Floats, end: Floats, ids: list[int]) -> Any:
+    """t -> seconds the stream of `ids` was busy before t (its intervals are disjoint and in order)."""
+    if not ids:
+        return np.zeros_like
+    times = np.stack([start[ids], end[ids]], axis=1).ravel()
+    seconds = np.stack([np.zeros(len(ids)), end[ids] - start[ids]], axis=1).ravel().cumsum()
+    return lambda t: np.interp(t, times, seconds)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------------
+
+
+def _memory(
+    instructions: Sequence[Instruction], resident: tuple[Buffer, ...], start: Floats, end: Floats
+) -> tuple[dict[str, Peak], dict[str, tuple[Floats, Floats]]]:
+    live = {buffer.name: buffer for buffer in resident}
+    events: dict[str, list[tuple[float, int, int, Buffer]]] = {}
+    for buffer in resident:
+        events.setdefault(buffer.pool, []).append((0.0, -1, buffer.num_bytes, buffer))
+    for index, item in enumerate(instructions):
+        for buffer in item.allocs:
+            if buffer.name in live:
+                raise ValueError(f"instruction {index} ({item.name}) allocates {buffer.name!r}, which is live already")
+            live[buffer.name] = buffer
+            events.setdefault(buffer.pool, []).append((float(start[index]), 2 * index, buffer.num_bytes, buffer))
+        for name in item.frees:
+            if name not in live:
+                raise ValueError(f"instruction {index} ({item.name}) frees {name!r}, which is not live")
+            buffer = live.pop(name)
+            events.setdefault(buffer.pool, []).append((float(end[index]), 2 * index + 1, -buffer.num_bytes, buffer))
+    peaks, memory = {}, {}
+    for pool, changes in events.items():
+        changes.sort(key=lambda change: change[:2])
+        used = np.cumsum([change[2] for change in changes])
+        top = int(used.argmax())
+        peaks[pool] = Peak(num_bytes=int(used[top]), time_s=changes[top][0], owners=_owners(changes[: top + 1]))
+        memory[pool] = (np.array([change[0] for change in changes]), used.astype(float))
+    return peaks, memory
+
+
+def _owners(changes: Sequence[tuple[float, int, int, Buffer]]) -> tuple[tuple[str, int], ...]:
+    """Live bytes by owner after these changes."""
+    total: dict[str, int] = {}
+    for _, _, delta, buffer in changes:
+        owner = buffer.owner or buffer.name
+        total[owner] = total.get(owner, 0) + delta
+    return tuple(sorted(((o, n) for o, n in total.items() if n > 0), key=lambda pair: (-pair[1], pair[0])))
+
+
+# --- the timeline -------------------------------------------------------------------------------------------------------------------
+
+
+def chrome_trace(instructions: Sequence[Instruction], result: Simulation, *, process: str = "predicted", pid: int = 0) -> dict[str, Any]:
+    """The step as Chrome/Perfetto trace JSON: a track per stream, a counter per pool; times in microseconds."""
+    streams = {stream: tid for tid, stream in enumerate(dict.fromkeys(item.stream for item in instructions))}
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}}]
+    for stream, tid in streams.items():
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": stream}})
+    starts, ends = (result.start_s * 1e6).tolist(), (result.end_s * 1e6).tolist()
+    for item, begin, finish in zip(instructions, starts, ends, strict=True):
+        event = {"ph": "X", "name": item.name, "pid": pid, "tid": streams[item.stream], "ts": begin, "dur": finish - begin}
+        if item.op_class:
+            event["cat"] = item.op_class
+        events.append(event)
+    for pool, (times, used) in result.memory.items():
+        for at, num_bytes in zip((times * 1e6).tolist(), used.tolist(), strict=True):
+            events.append({"ph": "C", "name": f"memory {pool}", "pid": pid, "ts": at, "args": {"bytes": num_bytes}})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def seconds_per_class(instructions: Sequence[Instruction], result: Simulation) -> Mapping[str, float]:
+    """Busy seconds by op class (the stream's name where an instruction has none)."""
+    total: dict[str, float] = {}
+    for item, seconds in zip(instructions, (result.end_s - result.start_s).tolist(), strict=True):
+        key = item.op_class or item.stream
+        total[key] = total.get(key, 0.0) + seconds
+    return total
