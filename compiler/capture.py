@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..torch_compat import FakeTensorMode
+from ..torch_compat import FakeTensorMode, quiet_fake_tensors
 from .capture_errors import CaptureError, line_of_error, place
 from .capture_experts import experts_as_one_op
 from .capture_record import Origin, Recorder
@@ -199,14 +199,14 @@ class _Trace:
     def _recording(self) -> Iterator[None]:
         """Ops are fake and recorded; whatever goes wrong in the user's code is told with its place."""
         try:
-            with torch.enable_grad(), self.fake, self.recorder:
+            with quiet_fake_tensors(), torch.enable_grad(), self.fake, self.recorder:
                 yield
         except CaptureError:
             raise
         except Exception as error:
             line = line_of_error(error.__traceback__)
             where = place(self.recorder.stack[-1], line)
-            raise CaptureError(f"capture failed {where}: {_explain(error)}") from error
+            raise CaptureError(f"{where}: {_explain(error)}", placed=True) from error
 
     # Update and outputs
 

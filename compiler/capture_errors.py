@@ -14,7 +14,14 @@ _OURS = tuple(_HERE + name + os.sep for name in ("compiler", "runtime", "cost_mo
 
 
 class CaptureError(ValueError):
-    """A model, batch, loss function or optimizer that cannot be captured; the text names the place and the way out."""
+    """A model, batch, loss function or optimizer that cannot be captured; the text names the place and the way out.
+
+    placed: whether the text says where; if not, the recorder adds it.
+    """
+
+    def __init__(self, text: str, *, placed: bool = False) -> None:
+        super().__init__(text)
+        self.placed = placed
 
 
 _is_user: dict[CodeType, bool] = {}
@@ -52,4 +59,4 @@ def line_of_error(traceback: TracebackType | None) -> str:
 
 def place(path: str, line: str) -> str:
     """How errors name a place."""
-    return f"in {path or 'the model'}" + (f" at {line}" if line else "")
+    return f"capture failed in {path or 'the model'}" + (f" at {line}" if line else "")

@@ -160,11 +160,11 @@ class Recorder(torch_compat.DispatchMode):
                 return self._record_write(func, args, kwargs, lowered, lowered_kwargs)
             return self._record(traits, func, args, kwargs, lowered, lowered_kwargs)
         except torch_compat.DYNAMIC_OUTPUT_ERRORS as error:
-            raise CaptureError(f"{_dynamic_text(func)} {self.here()}") from error
+            raise CaptureError(f"{self.here()}: {_dynamic_text(func)}", placed=True) from error
         except CaptureError as error:
-            if " at " in str(error) or "in the model" in str(error):
+            if error.placed:
                 raise
-            raise CaptureError(f"{error} ({self.here()})") from error
+            raise CaptureError(f"{self.here()}: {error}", placed=True) from error
 
     def here(self) -> str:
         """The module and user's line now running, for error texts."""
@@ -196,6 +196,8 @@ class Recorder(torch_compat.DispatchMode):
                 self.values.bind(out, node, val)
             self._leads(node)
             return out
+        if not isinstance(out, (tuple, list)):
+            return out  # a number: that of a constant
         self.bind_all(func, out, lowered, lowered_kwargs, args[0] if traits.is_view else None)
         return out
 
@@ -372,11 +374,11 @@ def _dynamic_text(func: Any) -> str:
     if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
         return (
             "a Python value is taken from a tensor (`.item()`, `int(x)`, `if x.any():` or the like); a captured step runs the same ops for "
-            "every batch. Compute with tensors instead (torch.where), or pass the value in the batch as a Python number;"
+            "every batch. Compute with tensors instead (torch.where), or pass the value in the batch as a Python number"
         )
     return (
         f"the result of {name} has a shape that depends on data (nonzero, boolean-mask indexing, unique or the like); use torch.where or "
-        "masked_fill, which keep the shape;"
+        "masked_fill, which keep the shape"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..torch_compat import named_arguments
+from ..torch_compat import functional_overload, named_arguments
 from .capture_errors import CaptureError
 from .capture_values import View
 
@@ -216,8 +216,7 @@ def _fill(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowere
 @_handles("t_", "transpose_", "unsqueeze_", "squeeze_", "swapaxes_", "swapdims_")
 def _view_in_place(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
     """The tensor object itself becomes a view of what it was."""
-    name = func._overloadpacket.__name__[:-1]
-    view = getattr(getattr(aten, name), func._overloadname)
+    view = functional_overload(func)
     before = rec.values.ref(args[0])
     out = func(*args, **kwargs)
     node = rec.emit(view, lowered, lowered_kwargs, rec.val(out))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..cost_model.cluster import Cluster, Link
 from ..runtime.lockstep import LockstepExecutor
@@ -68,13 +70,16 @@ def verify(
 ) -> VerifyReport:
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
 
-    The model and optimizer given are not changed. A model with dropout in its forward pass is compared with its own one-device program
+    The model and optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared with its own one-device program
     (random numbers are opweave's). Raises VerificationError where a difference exceeds `tolerance`.
     """
+    optimizer_of = _optimizer_maker(model, optimizer)
     model = copy.deepcopy(model).to(dtype)
     batch = map_tensors(batch, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
-    reference_optimizer = _optimizer_for(model, optimizer)
-    analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm))
+    reference_optimizer = optimizer_of(model)
+    with computing_in(dtype):
+        step = capture(model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm)
+    analysis = analyse(step)
     cluster = cluster or _pretend_cluster(math.prod(ranks))
     if plan is None:
         plan = plan_step(analysis, cluster, mesh=tuple(ranks), force=force)
@@ -85,10 +90,11 @@ def verify(
         single = plan_step(analysis, _pretend_cluster(1), mesh=(1,))
         expected_losses, expected, _ = _lockstep(analysis, single, model, reference_optimizer, batch, steps)
     else:
-        expected_losses, expected = _plain(model, reference_optimizer, batch, steps, loss_fn or default_loss, clip_grad_norm)
+        with computing_in(dtype):
+            expected_losses, expected = _plain(model, reference_optimizer, batch, steps, loss_fn or default_loss, clip_grad_norm)
     report = VerifyReport(
         max_relative_difference={
-            "loss": max(_relative(torch.tensor(a), torch.tensor(b)) for a, b in zip(losses, expected_losses, strict=True)),
+            "loss": max(_relative(_scalar(a), _scalar(b)) for a, b in zip(losses, expected_losses, strict=True)),
             "parameters": max(_relative(params[name], value) for name, value in expected.items()),
         },
         collectives=counts, replicated_ops=plan.replicated_ops, losses=losses,
@@ -104,27 +110,70 @@ def verify(
     return report
 
 
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+_SMALL = 1e-3
+
+
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude; tensors below 1e-3 everywhere (a bias that started at zero and whose gradient is
+    zero but for rounding) are measured against 1e-3."""
     if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(b).all()):
         return math.inf
-    scale = float(b.detach().abs().max()) if b.numel() else 0.0
-    gap = float((a.detach() - b.detach()).abs().max()) if b.numel() else 0.0
-    return gap / scale if scale > 0 else gap
+    if not b.numel():
+        return 0.0
+    return float((a.detach() - b.detach()).abs().max()) / max(float(b.detach().abs().max()), _SMALL)
 
 
-def _optimizer_for(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-    """An optimizer like the user's (AdamW by default) over a copied model's parameters, group by group."""
+def _optimizer_maker(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """How to make an optimizer like the user's (AdamW by default) for a copy of the model, group by group."""
     if optimizer is None:
-        return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    position = _positions(optimizer)
-    params = list(model.parameters())
-    groups = [{**group, "params": [params[position[id(p)]] for p in group["params"]], "fused": True, "foreach": None} for group in optimizer.param_groups]
-    return type(optimizer)(groups)
+        # eps: a gradient that is zero but for rounding (a bias in front of a batch norm) would be blown up to noise by AdamW's usual 1e-8.
+        return lambda copied: torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=1e-3, eps=1e-3, fused=True)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in name_of]
+    if unknown:
+        raise ValueError(f"{len(unknown)} of the optimizer's parameters are not the model's; make it from model.parameters()")
+
+    def make(copied: nn.Module) -> torch.optim.Optimizer:
+        params = dict(copied.named_parameters())
+        groups = [
+            {**group, "params": [params[name_of[id(p)]] for p in group["params"]], "fused": True, "foreach": None}
+            for group in optimizer.param_groups
+        ]
+        return type(optimizer)(groups)
+
+    return make
 
 
-def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    flat = [p for group in optimizer.param_groups for p in group["params"]]
-    return {id(p): i for i, p in enumerate(flat)}
+class _Promote(TorchFunctionMode):
+    """Computes in float64 where the model asks for float32: models raise precision to float32 in losses and norms, which for a
+    float64 model would lower it and hide what a comparison to 1e-10 is to show."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func is torch.Tensor.float:
+            return torch.Tensor.double(*args, **kwargs)
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """For float64: casts to float32 go to float64, and so do new tensors. Other dtypes: nothing."""
+    if dtype != torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Promote():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _pretend_cluster(num_devices: int) -> Cluster:
@@ -154,10 +203,17 @@ def _lockstep(
     return losses, params, dict(executor.collectives.num)
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the first parameter."""
+    return next(model.parameters()).dtype
+
+
 def _plain(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int, loss_fn: Callable[[nn.Module, Any], Any], clip: float | None
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses = []
+    if hasattr(model, "set_experts_implementation") and dtype_of(model) == torch.float64:
+        model.set_experts_implementation("eager")  # transformers' default, grouped_mm, has no float64 kernel
     for _ in range(steps):
         optimizer.zero_grad()
         result = loss_fn(model, batch)

@@ -7,143 +7,178 @@ sample near the Boltzmann distribution of the forest given the rest (perturb and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
+from .graph import Graph
+
+
+class Scratch(NamedTuple):
+    """Work space of the kernels. Between calls ``tree`` and ``mark`` hold -1 everywhere."""
+
+    tree: np.ndarray  # int64[N]: union-find parent of the nodes in the forest, -1 outside
+    mark: np.ndarray  # int64[N]
+    chosen: np.ndarray  # int64[N]: nodes of the forest as they came
+    sequence: np.ndarray  # int64[N]: nodes of the forest, parents before children
+    parent: np.ndarray  # int64[N]: half-edge from the parent to this node, -1 for roots
+    belief: np.ndarray  # float64[sum strategies]
+    unary: np.ndarray  # float64[sum strategies]: node costs with prices
+    noise: np.ndarray  # float64: negated Gumbel samples
+
+
+def new_scratch(graph: Graph, seed: int) -> Scratch:
+    n, total = len(graph.node_off) - 1, len(graph.cost)
+    widest = int(np.diff(graph.node_off).max(initial=1))
+    noise = -np.random.default_rng(seed).gumbel(size=max(1 << 16, 4 * widest))
+    return Scratch(
+        np.full(n, -1, dtype=np.int64),
+        np.full(n, -1, dtype=np.int64),
+        np.zeros(n, dtype=np.int64),
+        np.zeros(n, dtype=np.int64),
+        np.zeros(n, dtype=np.int64),
+        np.zeros(total),
+        graph.cost.copy(),
+        noise,
+    )
+
 
 @numba.njit(cache=True, nogil=True)
-def grow_forest(order, limit, half_off, neighbor, tree, parent_half, sequence, mark, reach):  # type: ignore[no-untyped-def]
-    """Fill ``sequence`` with the nodes of a maximal induced forest, parents before children; returns how many.
+def _root(tree, v):  # type: ignore[no-untyped-def]
+    while tree[v] != v:
+        tree[v] = tree[tree[v]]
+        v = tree[v]
+    return v
 
-    ``order``: nodes in the order they are tried; ``tree`` and ``mark``: scratch of size N (``tree`` holds -1 outside);
-    ``parent_half``: for each node of the forest the half-edge to its parent, -1 for roots.
-    """
-    n = len(tree)
-    for v in range(n):
-        tree[v] = -1
-        mark[v] = -1
+
+@numba.njit(cache=True, nogil=True)
+def grow_forest(order, limit, g, s):  # type: ignore[no-untyped-def]
+    """Take the first ``limit`` nodes of ``order`` that close no cycle; fill ``sequence`` and ``parent``, return how many."""
     count = 0
     for k in range(limit):
         v = order[k]
         ok = True
-        for h in range(half_off[v], half_off[v + 1]):
-            t = neighbor[h]
-            if tree[t] >= 0:
-                r = t
-                while tree[r] != r:
-                    tree[r] = tree[tree[r]]
-                    r = tree[r]
-                if mark[r] == v:
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
+            if s.tree[t] >= 0:
+                r = _root(s.tree, t)
+                if s.mark[r] == v:
                     ok = False
                     break
-                mark[r] = v
+                s.mark[r] = v
         if not ok:
             continue
-        for h in range(half_off[v], half_off[v + 1]):
-            t = neighbor[h]
-            if tree[t] >= 0:
-                r = t
-                while tree[r] != r:
-                    r = tree[r]
-                tree[r] = v
-        tree[v] = v
-        reach[count] = v
+        s.tree[v] = v
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
+            if s.tree[t] >= 0 and t != v:
+                s.tree[_root(s.tree, t)] = v
+        s.chosen[count] = v
         count += 1
-    for v in range(n):
-        mark[v] = -1
+    for k in range(count):
+        s.mark[s.chosen[k]] = -1
     filled = 0
     for k in range(count):
-        v = reach[k]
-        if mark[v] >= 0:
+        v = s.chosen[k]
+        if s.mark[v] >= 0:
             continue
-        mark[v] = 1
-        parent_half[v] = -1
-        sequence[filled] = v
+        s.mark[v] = 1
+        s.parent[v] = -1
+        s.sequence[filled] = v
         head = filled
         filled += 1
         while head < filled:
-            u = sequence[head]
+            u = s.sequence[head]
             head += 1
-            for h in range(half_off[u], half_off[u + 1]):
-                t = neighbor[h]
-                if tree[t] >= 0 and mark[t] < 0:
-                    mark[t] = 1
-                    sequence[filled] = t
+            for h in range(g.half_off[u], g.half_off[u + 1]):
+                t = g.neighbor[h]
+                if s.tree[t] >= 0 and s.mark[t] < 0:
+                    s.mark[t] = 1
+                    s.sequence[filled] = t
                     filled += 1
-                    # the half-edge from child to parent is found from the other side by the caller's ``back``
-                    parent_half[t] = h
+                    s.parent[t] = h
     return count
 
 
 @numba.njit(cache=True, nogil=True)
-def solve_forest(sequence, count, parent_half, tree, x, unary, noise, scale, node_off, half_off, neighbor, at, back, matrix, belief, choice):  # type: ignore[no-untyped-def]
-    """Set ``x`` on the forest to the exact minimum given the rest, with ``scale`` times values from ``noise`` added to each strategy.
-
-    ``unary``: node costs with prices; ``belief`` float64[sum strategies] and ``choice`` int32[sum strategies of parents] are scratch.
-    """
-    length = len(noise)
+def clear_forest(count, s):  # type: ignore[no-untyped-def]
     for k in range(count):
-        v = sequence[k]
-        lo, size = node_off[v], node_off[v + 1] - node_off[v]
+        s.tree[s.sequence[k]] = -1
+        s.mark[s.sequence[k]] = -1
+
+
+@numba.njit(cache=True, nogil=True)
+def solve_forest(count, x, scale, g, s):  # type: ignore[no-untyped-def]
+    """Set ``x`` on the forest to the exact minimum given the rest, with ``scale`` times noise added to each strategy."""
+    length = len(s.noise)
+    for k in range(count):
+        v = s.sequence[k]
+        lo, size = g.node_off[v], g.node_off[v + 1] - g.node_off[v]
         if scale > 0:
             start = np.random.randint(0, length - size + 1)
             for i in range(size):
-                belief[lo + i] = unary[lo + i] + scale * noise[start + i]
+                s.belief[lo + i] = s.unary[lo + i] + scale * s.noise[start + i]
         else:
             for i in range(size):
-                belief[lo + i] = unary[lo + i]
-        for h in range(half_off[v], half_off[v + 1]):
-            t = neighbor[h]
-            if tree[t] < 0:
-                base = at[back[h]] + x[t] * size
+                s.belief[lo + i] = s.unary[lo + i]
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
+            if s.tree[t] < 0:
+                base = g.at[g.back[h]] + x[t] * size
                 for i in range(size):
-                    belief[lo + i] += matrix[base + i]
+                    s.belief[lo + i] += g.matrix[base + i]
     for k in range(count - 1, -1, -1):
-        v = sequence[k]
-        h = parent_half[v]
+        v = s.sequence[k]
+        h = s.parent[v]
         if h < 0:
             continue
-        u = neighbor[back[h]]
-        lo, size = node_off[v], node_off[v + 1] - node_off[v]
-        up, width = node_off[u], node_off[u + 1] - node_off[u]
-        base = at[h]
+        u = g.neighbor[g.back[h]]
+        lo, size = g.node_off[v], g.node_off[v + 1] - g.node_off[v]
+        up, width = g.node_off[u], g.node_off[u + 1] - g.node_off[u]
         for j in range(width):
-            line = base + j * size
-            best = belief[lo] + matrix[line]
+            line = g.at[h] + j * size
+            best = s.belief[lo] + g.matrix[line]
             for i in range(1, size):
-                value = belief[lo + i] + matrix[line + i]
-                if value < best:
-                    best = value
-            belief[up + j] += best
+                best = min(best, s.belief[lo + i] + g.matrix[line + i])
+            s.belief[up + j] += best
     for k in range(count):
-        v = sequence[k]
-        lo, size = node_off[v], node_off[v + 1] - node_off[v]
-        h = parent_half[v]
+        v = s.sequence[k]
+        lo, size = g.node_off[v], g.node_off[v + 1] - g.node_off[v]
+        h = s.parent[v]
+        line = g.at[h] + x[g.neighbor[g.back[h]]] * size if h >= 0 else 0
         best, arg = np.inf, 0
-        if h < 0:
-            for i in range(size):
-                if belief[lo + i] < best:
-                    best = belief[lo + i]
-                    arg = i
-        else:
-            u = neighbor[back[h]]
-            line = at[h] + x[u] * size
-            for i in range(size):
-                value = belief[lo + i] + matrix[line + i]
-                if value < best:
-                    best = value
-                    arg = i
+        for i in range(size):
+            value = s.belief[lo + i] + (g.matrix[line + i] if h >= 0 else 0.0)
+            if value < best:
+                best = value
+                arg = i
         x[v] = arg
 
 
 @numba.njit(cache=True, nogil=True)
-def energy(x, unary, node_off, half_off, neighbor, at, matrix):  # type: ignore[no-untyped-def]
-    """Node costs (with whatever prices ``unary`` holds) plus edge costs of ``x``."""
+def energy(x, g):  # type: ignore[no-untyped-def]
+    """Node costs (without prices) plus edge costs of ``x``."""
     total = 0.0
     for v in range(len(x)):
-        total += unary[node_off[v] + x[v]]
-        for h in range(half_off[v], half_off[v + 1]):
-            t = neighbor[h]
+        total += g.cost[g.node_off[v] + x[v]]
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
             if t > v:
-                total += matrix[at[h] + x[v] * (node_off[t + 1] - node_off[t]) + x[t]]
+                total += g.matrix[g.at[h] + x[v] * (g.node_off[t + 1] - g.node_off[t]) + x[t]]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def forest_energy(count, x, g, s):  # type: ignore[no-untyped-def]
+    """The part of ``energy`` that the nodes of the forest take part in."""
+    total = 0.0
+    for k in range(count):
+        v = s.sequence[k]
+        total += g.cost[g.node_off[v] + x[v]]
+        size = g.node_off[v + 1] - g.node_off[v]
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
+            if s.tree[t] < 0 or t > v:
+                total += g.matrix[g.at[g.back[h]] + x[t] * size + x[v]]
     return total

@@ -7,16 +7,18 @@ the other side. Forbidden entries are ``big``, a finite cost no optimal selectio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
 from .model import Model
+from .reduce import row_index
 
 
-@dataclass(slots=True, kw_only=True)
-class Graph:
+class Graph(NamedTuple):
+    """A named tuple, so that compiled kernels take it as one argument."""
+
     node_off: np.ndarray  # int64[N + 1]
     cost: np.ndarray  # float64, without prices
     half_off: np.ndarray  # int64[N + 1]
@@ -24,8 +26,31 @@ class Graph:
     at: np.ndarray  # int64[2 E]
     back: np.ndarray  # int64[2 E]
     matrix: np.ndarray  # float64
-    half_edge: np.ndarray  # int64[2 E]: the model's edge
     big: float
+
+
+class Rows(NamedTuple):
+    """Usage rows over slots, and the rows of each node."""
+
+    node: np.ndarray  # int64[R]
+    start: np.ndarray  # int64[R]
+    end: np.ndarray  # int64[R]
+    off: np.ndarray  # int64[R + 1]
+    bytes: np.ndarray  # float64
+    limit: np.ndarray  # float64[K]
+    scale: np.ndarray  # float64[K]: the largest limit of the slot's pool, the unit of relative overload
+    node_off: np.ndarray  # int64[N + 1]
+    of_node: np.ndarray  # int64[R]: rows sorted by node
+
+
+def build_rows(model: Model) -> Rows:
+    off, rows = row_index(model)
+    scale = np.ones(model.num_slots)
+    for pool in np.unique(model.slot_pool):
+        here = model.slot_pool == pool
+        scale[here] = max(float(model.slot_limit[here].max()), 1e-300)
+    start, end = model.row_start, model.row_end
+    return Rows(model.row_node, start, end, model.row_off, model.row_bytes, model.slot_limit, scale, off, rows)
 
 
 def build_graph(model: Model, stream_weight: np.ndarray | None = None) -> Graph:
@@ -56,7 +81,6 @@ def build_graph(model: Model, stream_weight: np.ndarray | None = None) -> Graph:
         at=at,
         back=back,
         matrix=matrix,
-        half_edge=edge,
         big=big,
     )
 

@@ -1,0 +1,156 @@
+"""Local search for large remainders: annealing over whole forests with memory prices, then refinement under the true limits.
+
+``anneal``: every step solves a random induced forest of the whole graph exactly, with noise that shrinks geometrically. Memory enters
+through prices per slot that grow where the load is above the limit and shrink where it is below (multiplicative weights), so costs
+and memory find their balance while the noise goes down.
+
+``refine``: forests of small regions. A proposal uses the prices (times a random factor) and is accepted by its true change of cost plus a
+penalty on bytes above the limit; the penalty grows while there are any, so the result is feasible if that can be had.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from .forest import clear_forest, energy, forest_energy, grow_forest, solve_forest
+from .memory import add_prices, fill_loads, load_change, prefix
+
+
+@numba.njit(cache=True, nogil=True)
+def anneal(steps, start, total, hot, cold, rate_hot, rate_cold, target, x, price, order, best, state, g, rows, s):  # type: ignore[no-untyped-def]
+    """Steps ``start .. start + steps`` of a schedule of ``total``; ``state``: [best energy, last energy, last relative overload].
+
+    ``hot``/``cold``: noise at both ends; ``rate_*``: the prices' step; ``target``: fraction of each limit to aim for. ``best`` receives
+    the cheapest feasible selection met.
+    """
+    num, slots = len(x), len(price)
+    load, cum = np.empty(slots), np.empty(slots + 1)
+    for k in range(start, start + steps):
+        done = k / total
+        noise = hot * (cold / hot) ** done if hot > 0 else 0.0
+        rate = rate_hot * (rate_cold / rate_hot) ** done
+        for i in range(num - 1, 0, -1):
+            j = np.random.randint(0, i + 1)
+            order[i], order[j] = order[j], order[i]
+        prefix(price, cum)
+        for v in range(num):
+            add_prices(v, cum, 1.0, g, rows, s.unary)
+        count = grow_forest(order, num, g, s)
+        solve_forest(count, x, noise, g, s)
+        clear_forest(count, s)
+        fill_loads(x, rows, load)
+        over = -np.inf
+        for i in range(slots):
+            over = max(over, (load[i] - rows.limit[i]) / rows.scale[i])
+            gradient = min((load[i] - rows.limit[i] * target) / rows.scale[i], 1.0)
+            price[i] *= np.exp(rate * gradient)
+        state[1], state[2] = energy(x, g), over
+        if over <= 0 and state[1] < state[0]:
+            state[0] = state[1]
+            best[:] = x
+
+
+@numba.njit(cache=True, nogil=True)
+def _grow_region(size, region, seen, stamp, g):  # type: ignore[no-untyped-def]
+    """A connected random region of up to ``size`` nodes in ``region``; returns how many."""
+    region[0] = np.random.randint(0, len(region))
+    seen[region[0]] = stamp
+    found, done = 1, 0
+    while done < found and done < size:
+        pick = np.random.randint(done, found)
+        region[done], region[pick] = region[pick], region[done]
+        v = region[done]
+        done += 1
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            t = g.neighbor[h]
+            if seen[t] != stamp:
+                seen[t] = stamp
+                region[found] = t
+                found += 1
+    return done
+
+
+@numba.njit(cache=True, nogil=True)
+def _overload(load, rows):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for k in range(len(load)):
+        if load[k] > rows.limit[k]:
+            total += load[k] - rows.limit[k]
+    return total
+
+
+@numba.njit(cache=True, nogil=True)
+def _penalty_change(lo, hi, diff, load, rows):  # type: ignore[no-untyped-def]
+    """Change of the bytes above the limits, summed over slots, if the differences in ``diff`` are applied."""
+    run, change = 0.0, 0.0
+    for k in range(lo, hi):
+        run += diff[k]
+        if run != 0:
+            change += max(load[k] + run - rows.limit[k], 0.0) - max(load[k] - rows.limit[k], 0.0)
+    return change
+
+
+@numba.njit(cache=True, nogil=True)
+def refine(steps, largest, noise, heat, penalty, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
+    """``steps`` region moves from ``x``; ``state``: [best energy, energy of x, overload of x in bytes x slots, penalty].
+
+    ``penalty``: cost per byte and slot above the limit. ``heat``: scale of accepted worsening.
+    """
+    num, slots = len(x), len(price)
+    load, cum, diff = np.empty(slots), np.empty(slots + 1), np.zeros(slots + 1)
+    weights = np.empty(slots)
+    region, seen, old = np.empty(num, np.int64), np.full(num, -1, np.int64), np.empty(num, np.int64)
+    fill_loads(x, rows, load)
+    over = _overload(load, rows)
+    now = energy(x, g)
+    for step in range(steps):
+        if step % 200 == 0:
+            if step > 0 and over > 0:
+                penalty *= 1.3
+            for k in range(slots):
+                weights[k] = price[k] + (penalty if load[k] > rows.limit[k] else 0.0)
+            prefix(weights, cum)
+        size = _grow_region(np.random.randint(1, largest + 1), region, seen, step, g)
+        count = grow_forest(region, size, g, s)
+        factor = 1.5 * np.random.random()
+        for k in range(count):
+            old[k] = x[s.sequence[k]]
+            add_prices(s.sequence[k], cum, factor, g, rows, s.unary)
+        before = forest_energy(count, x, g, s)
+        solve_forest(count, x, noise * np.random.random(), g, s)
+        change = forest_energy(count, x, g, s) - before
+        lo, hi = slots, 0
+        for k in range(count):
+            v = s.sequence[k]
+            if x[v] != old[k]:
+                a, b = load_change(v, old[k], x[v], rows, diff)
+                lo, hi = min(lo, a), max(hi, b)
+        limit = -heat * np.log(np.random.random()) if heat > 0 else 0.0
+        excess, ok = 0.0, change <= limit or over > 0
+        if ok:
+            excess = _penalty_change(lo, hi, diff, load, rows)
+            ok = change + penalty * excess <= limit
+        if ok:
+            run = 0.0
+            for k in range(lo, hi):
+                run += diff[k]
+                load[k] += run
+            now += change
+            over += excess
+            if excess != 0:
+                over = _overload(load, rows)
+            if over <= 0 and now < state[0]:
+                state[0] = now
+                best[:] = x
+        else:
+            for k in range(count):
+                x[s.sequence[k]] = old[k]
+        diff[lo : hi + 1] = 0.0
+        clear_forest(count, s)
+    state[1], state[2], state[3] = now, over, penalty
+
+
+@numba.njit(cache=True, nogil=True)
+def set_seed(seed):  # type: ignore[no-untyped-def]
+    np.random.seed(seed)
