@@ -8,7 +8,7 @@ and after; each of these pieces of `rest` is cut into n, or put together from n.
     all_reduce      (d)            -> (d)              combined over the group
     all_gather      (outer*rest)   -> (outer*n*rest)   pieces side by side inside every outer index
     reduce_scatter  (outer*rest)   -> (outer*rest/n)   combined, then this device's piece
-    all_to_all      split one dim as reduce_scatter does, join another as all_gather does
+    all_to_all      split one dim as reduce_scatter does, join another as all_gather does; both `outer`s as they are before
 
 These start the collective and return a `Pending`; `wait` returns the tensor. In a graph they are names: an executor binds them to the
 `Communicator` of its rank, the lockstep executor computes them on lists. The `_bucket` forms move many tensors of one dtype at
@@ -147,6 +147,11 @@ def join(pieces: torch.Tensor, shape: Sequence[int], dim: int, outer: int) -> to
     if lead == 1:
         return pieces.view(whole)
     return pieces.view(n, lead, -1 if pieces.numel() else 0).transpose(0, 1).reshape(whole)
+
+
+def outer_after_cut(n: int, split_dim: int, split_outer: int, gather_dim: int, gather_outer: int) -> int:
+    """`gather_outer` once `split_dim` is cut into n: where a more major factor of the same dim is cut, it shrinks."""
+    return gather_outer // n if split_dim == gather_dim and gather_outer > split_outer else gather_outer
 
 
 def combine(pieces: Sequence[torch.Tensor], op: str, into: torch.Tensor) -> torch.Tensor:
@@ -346,7 +351,8 @@ class Communicator:
         n = wire.group.size
         works, rows, held = wire.exchange(cut(x, n, split_dim, split_outer))
         shape = cut_shape(x.shape, n, split_dim)
-        return Pending(works, functools.partial(join, rows, shape, gather_dim, gather_outer), (*held, rows))
+        outer = outer_after_cut(n, split_dim, split_outer, gather_dim, gather_outer)
+        return Pending(works, functools.partial(join, rows, shape, gather_dim, outer), (*held, rows))
 
     def all_reduce_bucket(self, xs: list[torch.Tensor], axes: Axes, op: str = "sum") -> Any:
         wire = self.transport(axes)

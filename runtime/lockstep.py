@@ -204,7 +204,8 @@ def all_to_all(xs: Tensors, split_dim: int, split_outer: int, gather_dim: int, g
     n = len(xs)
     cuts = [co.cut(x, n, split_dim, split_outer) for x in xs]
     shape = co.cut_shape(xs[0].shape, n, split_dim)
-    return [co.join(torch.stack([rows[j] for rows in cuts]), shape, gather_dim, gather_outer) for j in range(n)]
+    outer = co.outer_after_cut(n, split_dim, split_outer, gather_dim, gather_outer)
+    return [co.join(torch.stack([rows[j] for rows in cuts]), shape, gather_dim, outer) for j in range(n)]
 
 
 def _transposed(per_tensor: Sequence[Tensors]) -> list[Tensors]:
