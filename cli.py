@@ -27,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out = Console()
+# Where stdout is no terminal, tables are as wide as a report may be.
+_out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
 _err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A model of the zoo (`opweave models`) or package.module:function that returns (model, batch).")]
@@ -43,7 +44,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 
 class CheckFailed(Exception):
-    """What was asked was checked and does not hold."""
+    """What was asked was checked and does not hold. printed: the JSON object is on stdout already."""
+
+    def __init__(self, message: str, *, printed: bool = False) -> None:
+        super().__init__(message)
+        self.printed = printed
 
 
 def main() -> None:
@@ -60,8 +65,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except CheckFailed as error:
-            _fail(str(error), 1, as_json=False)
-        except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            _fail(str(error), 1, as_json and not error.printed)
+        except (ValueError, ImportError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
             _fail(str(error), 2, as_json)
         except KeyboardInterrupt:
             _fail("interrupted", 130, as_json)
@@ -110,11 +115,17 @@ def parse_sizes(text: str, option: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
-def _sizes(text: str | None, option: str) -> tuple[int, ...] | None:
-    return None if text is None else parse_sizes(text, option)
+def _batch(text: str | None) -> tuple[int, int] | None:
+    """"8x1024" as (8, 1024)."""
+    if text is None:
+        return None
+    sizes = parse_sizes(text, "--batch")
+    if len(sizes) != 2:
+        raise ValueError(f"--batch {text!r} has {len(sizes)} sizes; write BATCHxSEQUENCE or BATCHxIMAGE, such as 8x1024")
+    return sizes[0], sizes[1]
 
 
-def _resolve_model(spec: str, batch: tuple[int, ...] | None) -> tuple[Any, Any]:
+def _resolve_model(spec: str, batch: tuple[int, int] | None) -> tuple[Any, Any]:
     """(model, batch) of a zoo name or of a user's function, which may lie in the current folder."""
     from . import zoo
 
@@ -143,7 +154,7 @@ def _optimizer(name: str, model: Any) -> Any:
 def _dtype(name: str) -> Any:
     import torch
 
-    names = ("float64", "float32", "bfloat16", "float16")
+    names = ("float64", "float32", "bfloat16")
     if name not in names:
         raise ValueError(f"unknown dtype {name!r}; known are {', '.join(names)}")
     return getattr(torch, name)
@@ -180,7 +191,8 @@ def plan(
     from .cost_model.cluster import Cluster
 
     where = Cluster.resolve(cluster)
-    sizes, mesh_sizes, limit = _sizes(batch, "--batch"), _sizes(mesh, "--mesh"), _parse_bytes(memory_limit)
+    sizes, limit = _batch(batch), _parse_bytes(memory_limit)
+    mesh_sizes = None if mesh is None else parse_sizes(mesh, "--mesh")
     with _busy(f"planning {model} on {where.name}"):
         from .compiler import api
 
@@ -292,7 +304,9 @@ def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
     ranks: Annotated[str | None, typer.Option(metavar="2x4", help="Mesh of the ranks run in lockstep.")] = None,
     batch: BatchOption = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float64",
+    dtype: Annotated[
+        str | None, typer.Option(help="float64, float32 or bfloat16; a plan file is run as it is unless this is given.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
     force: ForceOption = None,
@@ -302,27 +316,38 @@ def verify(
     """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
     from .cli_tables import pairs_table, plain
 
-    sizes, kind = _sizes(batch, "--batch"), _dtype(dtype)
+    sizes, kind, made = _batch(batch), _dtype(dtype or "float64"), None
     if model.endswith(".json") or Path(model).is_file():
         made = _load_plan(Path(model))
         model, optimizer, force = _source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
-        sizes = sizes or tuple(made.model.get("batch", ())) or None
+        recorded = made.model.get("batch")
+        sizes = sizes or ((recorded[0], recorded[1]) if recorded else None)
         ranks = ranks or "x".join(map(str, made.mesh))
+        if dtype is None and parse_sizes(ranks, "--ranks") == made.mesh:
+            kind = _dtype("float32")
+        else:  # the plan's way of splitting in another dtype or on another mesh is planned anew
+            made = None
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
     mesh = parse_sizes(ranks, "--ranks")
     with _busy(f"running {model} on {ranks} ranks in lockstep"):
         from .compiler import api
+        from .compiler.verify import VerificationError
 
         built, example = _resolve_model(model, sizes)
-        report = api.verify(
-            built, example, ranks=mesh, optimizer=_optimizer(optimizer, built), steps=steps, dtype=kind, force=force, tolerance=tolerance
-        )
+        chosen = _optimizer(optimizer, built)
+        try:
+            report = api.verify(
+                built, example, ranks=mesh, optimizer=chosen, steps=steps, dtype=kind, force=force, plan=made, tolerance=tolerance
+            )
+        except (VerificationError, ArithmeticError) as error:
+            raise CheckFailed(str(error)) from error
     result = {key: plain(getattr(report, key)) for key in ("max_relative_difference", "collectives", "replicated_ops")}
     if as_json:
         _print_json({"model": model, "ranks": list(mesh), **result})
     else:
-        _out.print(pairs_table(f"{model} on {ranks} ranks, {steps} steps in {dtype}", {k: str(v) for k, v in result.items()}))
+        title = f"{model} on {ranks} ranks, {steps} steps in {str(kind).removeprefix('torch.')}"
+        _out.print(pairs_table(title, {k: str(v) for k, v in result.items()}))
 
 
 def _source_of(made: Any, path: str) -> str:
@@ -397,7 +422,7 @@ def solve(
     else:
         _out.print(pairs_table(str(file), {k: str(v) for k, v in answer.items() if k != "solution"}))
     if answer.get("status") == "infeasible":
-        raise CheckFailed(str(answer.get("reason") or "no selection fits the memory limits"))
+        raise CheckFailed(str(answer.get("reason") or "no selection fits the memory limits"), printed=as_json)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,9 @@ def cell(key: str, value: Any) -> str:
     return str(value)
 
 
+_FIRST = ("path", "name", "op", "constant")  # columns that stay readable in a narrow terminal
+
+
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table with a column per key of the first row; numbers stand on the right."""
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -85,7 +88,8 @@ def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for key in keys:
         numeric = all(isinstance(row.get(key), int | float) or row.get(key) is None for row in rows)
         title = key.removesuffix("_s").replace("_", " ")
-        table.add_column(title, justify="right" if numeric else "left", overflow="fold", no_wrap=key == "name")
+        width = min(24, max(len(cell(key, row.get(key))) for row in rows)) if key in _FIRST else None
+        table.add_column(title, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric, min_width=width)
     for row in rows:
         table.add_row(*(cell(key, row.get(key)) for key in keys))
     return table

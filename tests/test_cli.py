@@ -9,6 +9,7 @@ import pytest
 from opweave import cli, zoo
 from opweave.cli_tables import bytes_text, cell, plain, seconds_text
 from opweave.compiler.plan import Decision, Plan
+from opweave.compiler.verify import VerificationError
 from typer.testing import CliRunner
 
 
@@ -92,6 +93,10 @@ def test_plan_show_explain_verify_share_a_file(fake, tmp_path):
     assert "mylib::f" in run("explain", path)[1]
     assert json.loads(run("verify", path, "--json")[1])["ranks"] == [2, 4]
     assert ("load", "opt-tiny", (8, 16)) in fake
+    kwargs = next(call for call in fake if call[0] == "verify")[2]
+    assert isinstance(kwargs["plan"], Plan) and str(kwargs["dtype"]) == "torch.float32"
+    assert run("verify", path, "--dtype", "float64", "--json")[0] == 0
+    assert fake[-1][2]["plan"] is None, "another dtype is another step: planned anew"
 
 
 def test_diff_names_what_changed(tmp_path):
@@ -112,6 +117,15 @@ def test_verify_reports_differences(fake):
     assert report["collectives"] == {"all_reduce": 3} and report["replicated_ops"] == []
     kwargs = next(call for call in fake if call[0] == "verify")[2]
     assert kwargs["ranks"] == (2, 4) and kwargs["steps"] == 2 and str(kwargs["dtype"]) == "torch.float64"
+
+
+def test_verify_that_does_not_hold_is_status_1(fake, monkeypatch):
+    def differs(*args, **kwargs):
+        raise VerificationError("the losses differ by 0.5")
+
+    monkeypatch.setattr(opweave.compiler.api, "verify", differs)
+    code, out, err = run("verify", "opt-tiny", "--ranks", "2", "--json")
+    assert code == 1 and json.loads(out)["error"] == "the losses differ by 0.5" and "differ by 0.5" in err
 
 
 def test_models_and_clusters(fake):
@@ -145,6 +159,7 @@ BAD = [
     (["plan", "opt-tiny", "--cluster", "dgx-x"], r"unknown cluster 'dgx-x'; shipped are"),
     (["plan", "opt-tiny", "--cluster", "none.json"], "no cluster file at none.json"),
     (["plan", "opt-tiny", "--batch", "8,128"], "--batch '8,128' is not a list of sizes"),
+    (["plan", "opt-tiny", "--batch", "8"], "--batch '8' has 1 sizes; write BATCHxSEQUENCE"),
     (["plan", "opt-tiny", "--mesh", "0x4"], "--mesh '0x4' is not a list of sizes"),
     (["plan", "opt-tiny", "--cluster", "cpu", "--optimizer", "lion"], "unknown optimizer 'lion'; known are adamw"),
     (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "much"], "--memory-limit 'much' is not a size"),
