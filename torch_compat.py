@@ -5,7 +5,9 @@ Supported are torch 2.11 to 2.13; the names below were checked on 2.13.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,6 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "backward_sequence_number",
-    "constant_value",
     "forward_sequence_number",
     "functional_overload",
     "is_mutable",
@@ -34,6 +35,7 @@ __all__ = [
     "mutated_arguments",
     "named_arguments",
     "no_dispatch_modes",
+    "quiet_fake_tensors",
     "tree_flatten",
     "tree_unflatten",
 ]
@@ -67,7 +69,7 @@ def is_random(op: Any) -> bool:
 
 def mutated_arguments(op: Any) -> list[tuple[int, str]]:
     """(position, name) of the arguments an overload writes to."""
-    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if _writes(a)]
 
 
 def functional_overload(op: Any) -> Any:
@@ -77,25 +79,44 @@ def functional_overload(op: Any) -> Any:
     """
     packet = op._overloadpacket
     name = packet._qualified_op_name.split("::")[1]
-    if any(a.kwarg_only for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write):
-        options = [op._overloadname.removesuffix("_out"), op._overloadname.removesuffix("out"), "default"]
-    else:
-        if not name.rstrip("_") or not name.endswith("_"):
-            return None
-        packet = getattr(torch.ops.aten, name[:-1].lstrip("_") if name == "_index_put_impl_" else name[:-1], None)
-        packet = torch.ops.aten.index_put if name == "_index_put_impl_" else packet
-        options = [op._overloadname]
-    overloads = packet.overloads() if packet is not None else []
-    for option in options:
-        option = option.rstrip("_") or "default"
-        if option in overloads and not getattr(packet, option)._schema.is_mutable:
-            return getattr(packet, option)
+    base = "index_put" if name == "_index_put_impl_" else name.removesuffix("_")
+    candidates = getattr(torch.ops.aten, base, None)
+    if candidates is None:
+        return None
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not (a.kwarg_only and _writes(a)) and a.name != "unsafe"]
+    for overload in candidates.overloads():
+        found = getattr(candidates, overload)
+        if not found._schema.is_mutable and [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found
     return None
 
 
-def constant_value(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The known value of a fake tensor that was made from a constant, else None."""
-    return getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else None
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def no_dispatch_modes() -> AbstractContextManager[Any]:
+    """Within, ops run on real tensors: no dispatch mode sees them."""
+    return _disable_current_modes()
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Within, a failing op on fake tensors raises without logging its traceback as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # 2.13
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults filled in."""
+    named = {}
+    for i, arg in enumerate(op._schema.arguments):
+        named[arg.name] = args[i] if i < len(args) else kwargs.get(arg.name, arg.default_value)
+    return named
 
 
 # ------------------------------------------------------------------------------------------------------------------- runtime
@@ -108,24 +129,9 @@ reduce_scatter_single = getattr(torch.distributed, "reduce_scatter_single", None
 fused_adam = torch._fused_adam_  # 2.13
 fused_adamw = torch._fused_adamw_  # 2.13
 fused_sgd = torch._fused_sgd_  # 2.13
+foreach_add_ = torch._foreach_add_  # 2.13
 
 
 def direct_call(op: Any) -> Any:
     """What an overload's `__call__` calls; saves a Python frame per call."""
     return op._op if isinstance(op, OpOverload) else op  # 2.13
-
-
-def no_dispatch_modes() -> AbstractContextManager[Any]:
-    """Within, ops run on real tensors: no dispatch mode sees them."""
-    return _disable_current_modes()
-
-
-def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, defaults filled in."""
-    named = {}
-    for i, arg in enumerate(op._schema.arguments):
-        named[arg.name] = args[i] if i < len(args) else kwargs.get(arg.name, arg.default_value)
-    return named
-
-
-foreach_add_ = torch._foreach_add_  # 2.13
