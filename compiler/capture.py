@@ -157,8 +157,11 @@ class _Trace:
         """(loss, extras, buffers after the step)."""
         step = _Step(self.model, loss_fn)
         state = {f"model.{fqn}": t for fqn, t in (*self.params.items(), *self.buffers.items())}
+        # The CPU's fused LSTM kernel stands for no other device's; without it the layers are matrix products and pointwise ops.
+        plain_rnn = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
+        kernels = torch.backends.mkldnn.flags(enabled=False) if plain_rnn else contextlib.nullcontext()  # type: ignore[no-untyped-call]
         casts = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
-        with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), casts:
+        with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), kernels, casts:
             result, buffers = torch.func.functional_call(step, state, (batch,))
         for fqn, param in self.params.items():
             if self.recorder.values.written(param):

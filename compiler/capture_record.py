@@ -77,6 +77,7 @@ class Recorder(torch_compat.DispatchMode):
         self._origin = Origin("", "fwd", "")
         self._merged: dict[Any, fx.Node] = {}
         self._last_placeholder: fx.Node | None = None
+        self._last: fx.Node | None = None
 
     # What a node looks like
 
@@ -98,8 +99,9 @@ class Recorder(torch_compat.DispatchMode):
         key = (target, _key(args), _key(kwargs), id(val) if isinstance(val, torch.Tensor) else None)
         known = self._merged.get(key)
         if known is not None:
+            self._last = known
             return known
-        node = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=_name(target))
+        node = self._last = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=_name(target))
         node.meta["val"] = val
         node.meta["origin"] = self._origin
         return node
@@ -153,7 +155,9 @@ class Recorder(torch_compat.DispatchMode):
             args, kwargs = self._without_constants(args), self._without_constants(kwargs)
         try:
             if traits.handler is not None:
-                return traits.handler(self, func, args, kwargs, lowered, lowered_kwargs)
+                out = traits.handler(self, func, args, kwargs, lowered, lowered_kwargs)
+                self._leads(self._last)
+                return out
             if traits.is_random:
                 raise CaptureError(f"{traits.name} draws random numbers in a way that is not supported; {RANDOM_WAY_OUT}")
             if traits.is_write:
@@ -222,9 +226,9 @@ class Recorder(torch_compat.DispatchMode):
         self._leads(node)
         return node
 
-    def _leads(self, node: fx.Node) -> None:
+    def _leads(self, node: fx.Node | None) -> None:
         """The node is what backward ops of the running forward op name as their partner."""
-        if self._origin.phase == "fwd" and self._origin.partner is None:
+        if self._origin.phase == "fwd" and self._origin.partner is None and node is not None:
             self._origin.partner = node
 
     def _record_write(self, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:

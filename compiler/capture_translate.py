@@ -61,12 +61,29 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
+# Products: fake tensors let pass what kernels refuse
+
+
+@_handles("mm", "bmm", "addmm", "baddbmm", "convolution")
+def _product(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+    dtypes = sorted({str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)})
+    if len(dtypes) > 1:
+        raise CaptureError(
+            f"{func._overloadpacket.__name__} gets {' and '.join(dtypes)} tensors; cast the batch to the type of the model's parameters "
+            "(or the model to that of the batch), or capture with `autocast=`"
+        )
+    out = func(*args, **kwargs)
+    val = rec.val(out)
+    rec.values.bind(out, rec.emit(func, lowered, lowered_kwargs, val), val)
+    return out
+
+
 # Normalisation with running statistics, which torch changes without saying so
 
 
 @_handles("native_batch_norm")
 def _batch_norm(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
+    out = _with_wide_statistics(args, func(*args, **kwargs))
     x, weight, bias, mean, var, training, momentum, eps = lowered
     if not training:
         rec.bind_all(aten._native_batch_norm_legit_no_training.default, out, (x, weight, bias, mean, var, momentum, eps), {})
@@ -79,6 +96,14 @@ def _batch_norm(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, 
         for tensor, item in zip(stats, new, strict=True):
             rec.store(tensor, item)
     return out
+
+
+def _with_wide_statistics(args: Any, out: Any) -> Any:
+    """Half inputs with float32 parameters have float32 statistics; torch's fake kernel says otherwise (2.13)."""
+    wide = {t.dtype for t in args[1:5] if t is not None}
+    if len(wide) != 1 or args[0].dtype in wide or not out[1].numel():
+        return out
+    return (out[0], *(t.to(*wide) for t in out[1:3]))
 
 
 def _items(node: fx.Node) -> list[fx.Node]:
