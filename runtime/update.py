@@ -2,7 +2,8 @@
 
 One node per parameter group: `fused_update(params, grads, states, kind, group, fqns)`. Hyper-parameters are read from the user's
 `torch.optim` object at every call, so learning-rate schedulers and edits of `param_groups` work; step counts live in the
-`ProgramState`. With whole tensors the result equals `torch.optim.<kind>(..., fused=True)` bit for bit.
+`ProgramState`. With whole tensors the result equals `torch.optim.<kind>(..., fused=True)` bit for bit (SGD in half precision on the CPU:
+`foreach=False`; torch's fused kernel is wrong there).
 """
 
 from __future__ import annotations
@@ -186,6 +187,10 @@ def _adam(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensor
 
 
 def _sgd(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors, options: Mapping[str, Any]) -> None:
+    if params[0].device.type == "cpu" and params[0].dtype in (torch.bfloat16, torch.float16):
+        # torch's CPU kernel leaves most of a half-precision parameter as it is (pytorch issue 191763, seen in 2.12 and 2.13).
+        _sgd_loop(params, grads, states, counts, options)
+        return
     # torch's first step takes the gradient itself as momentum buffer, without dampening.
     first = [i for i, count in enumerate(counts) if not count]
     later = [i for i, count in enumerate(counts) if count]
@@ -205,6 +210,23 @@ def _sgd(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors
             maximize=options["maximize"],
             is_first_step=is_first and options["momentum"] != 0,
         )
+
+
+def _sgd_loop(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors, options: Mapping[str, Any]) -> None:
+    """The same update op by op, as `torch.optim.SGD(foreach=False)` rounds it."""
+    for param, value, slots, count in zip(params, grads, states, counts, strict=True):
+        grad = -value if options["maximize"] else value
+        if options["weight_decay"] != 0:
+            grad = grad.add(param, alpha=options["weight_decay"])
+        if options["momentum"] != 0:
+            buffer = slots[0]
+            if count:
+                buffer.mul_(options["momentum"]).add_(grad, alpha=1 - options["dampening"])
+            else:
+                buffer.copy_(grad)
+            grad = grad.add(buffer, alpha=options["momentum"]) if options["nesterov"] else buffer
+        param.add_(grad, alpha=-float(options["lr"]))
+        count += 1
 
 
 _KERNELS: dict[str, Callable[..., None]] = {

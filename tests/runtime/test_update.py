@@ -45,7 +45,9 @@ class Ours:
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_bit_equal_to_torch(kind, options, dtype):
     params = [torch.nn.Parameter(v) for v in values(dtype, 0)]
-    optimizer = getattr(torch.optim, kind)(params, fused=True, **options)
+    wrong_in_torch = kind == "SGD" and dtype == torch.bfloat16  # pytorch issue 191763
+    mode = {"foreach": False} if wrong_in_torch else {"fused": True}
+    optimizer = getattr(torch.optim, kind)(params, **mode, **options)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     ours = Ours(kind, optimizer, params)
     for i in range(4):
