@@ -188,8 +188,9 @@ class Recorder(torch_compat.DispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             val = self.val(out)
-            source = args[0] if args else None
-            if (traits.maybe_nothing or traits.maybe_copy) and self.values.ref(source).val is val:  # type: ignore[union-attr]
+            source: Any = args[0] if args else None
+            same = self.values.ref(source) if traits.maybe_nothing or traits.maybe_copy else None
+            if same is not None and same.val is val:
                 self._bind_same(out, lowered[0], val, source, traits.maybe_copy)
                 return out
             undone = _undone(func, traits.name, lowered, val) if traits.maybe_nothing else None
@@ -203,6 +204,13 @@ class Recorder(torch_compat.DispatchMode):
         if not isinstance(out, (tuple, list)):
             return out  # a number: that of a constant
         self.bind_all(func, out, lowered, lowered_kwargs, args[0] if traits.is_view else None)
+        return out
+
+    def record_plain(self, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> torch.Tensor:
+        """Record an op of one result as it is."""
+        out = func(*args, **kwargs)
+        val = self.val(out)
+        self.values.bind(out, self.emit(func, lowered, lowered_kwargs, val), val)
         return out
 
     def _bind_same(self, out: torch.Tensor, node: fx.Node, val: torch.Tensor, source: torch.Tensor, is_copy: bool) -> None:

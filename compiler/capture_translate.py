@@ -64,6 +64,15 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
 # Products: fake tensors let pass what kernels refuse
 
 
+@_handles("embedding")
+def _embedding(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+    named = named_arguments(func, args, kwargs)
+    for option in ("scale_grad_by_freq", "sparse"):
+        if named[option]:
+            raise CaptureError(f"an embedding with {option}=True cannot be captured; leave it at False")
+    return rec.record_plain(func, args, kwargs, lowered, lowered_kwargs)
+
+
 @_handles("mm", "bmm", "addmm", "baddbmm", "convolution")
 def _product(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
     dtypes = sorted({str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)})
@@ -72,10 +81,7 @@ def _product(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, low
             f"{func._overloadpacket.__name__} gets {' and '.join(dtypes)} tensors; cast the batch to the type of the model's parameters "
             "(or the model to that of the batch), or capture with `autocast=`"
         )
-    out = func(*args, **kwargs)
-    val = rec.val(out)
-    rec.values.bind(out, rec.emit(func, lowered, lowered_kwargs, val), val)
-    return out
+    return rec.record_plain(func, args, kwargs, lowered, lowered_kwargs)
 
 
 # Normalisation with running statistics, which torch changes without saying so

@@ -9,7 +9,7 @@ Numerics follow the eager form: experts in order, each adds its rows to the resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ BACKWARD_SCHEMA = (
 
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

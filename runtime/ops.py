@@ -12,6 +12,9 @@ import math
 import torch
 
 from . import attention, moe, random
+from .random import local_dropout_mask, local_normal, local_uniform
+
+__all__ = ["local_dropout_mask", "local_normal", "local_uniform"]
 
 DROPOUT_MASK = "(Tensor seed, int op_id, float p, int[] shape) -> Tensor"
 UNIFORM = "(Tensor seed, int op_id, int[] shape, ScalarType dtype) -> Tensor"

@@ -497,6 +497,10 @@ ERRORS = {
     "integer": (lambda m, x: m.lin(x).argmax(), r"the loss has the type torch.int64"),
     "nothing": (lambda m, x: None, r"no loss in what Model returned \(NoneType\); pass `loss_fn="),
     "bad shapes": (lambda m, x: (m.lin(x) @ torch.ones(3, 3)).sum(), r"in the model at test_capture.py:\d+: RuntimeError: .*reduction dim"),
+    "sparse embedding": (
+        lambda m, x: F.embedding(x.long(), m.lin.weight, sparse=True).sum(),
+        r"an embedding with sparse=True cannot be captured; leave it at False",
+    ),
     "submodule": (lambda m, x: m.sub(m.lin(x)), r"in sub at "),
     "big constant": (lambda m, x: (m.lin(x).sum() * m.table).sum(), r"of 70000 elements .* `register_buffer`"),
 }
