@@ -266,20 +266,21 @@ _MEAN = 1  # torch's code for reduction="mean"
 
 def nll_loss(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     rank = len(cut.operand_shape(0))
+    classes = min(1, rank - 1)
     batch = cut.operand_axes(0, 0) if rank > 1 else ()
-    vocab = cut.operand_axes(0, rank - 1)
+    vocab = cut.operand_axes(0, classes)
     if not batch and not vocab:
         return plain(e, cut, args, kwargs)
     logp, target = args[0], args[1]
     ignore = cut.argument("ignore_index", -100)
     if not vocab:
-        total = e.op(aten.nll_loss_forward.default, logp, target, args[2], 2, ignore)
+        total = _call(e, cut, args, kwargs, reduction=2)
         loss, weight = e.op(operator.getitem, total, 0), e.op(operator.getitem, total, 1)
     else:
-        index, mine = _own_rows(e, target, vocab, cut.operand_shape(0)[-1])
+        index, mine = _own_rows(e, target, vocab, cut.operand_shape(0)[classes])
         counted = e.op(aten.ne.Scalar, target, ignore)
-        picked = e.op(aten.gather.default, logp, 1, e.op(aten.unsqueeze.default, index, 1))
-        picked = e.op(aten.mul.Tensor, e.op(aten.squeeze.dim, picked, 1), e.op(aten.logical_and.default, mine, counted))
+        picked = e.op(aten.gather.default, logp, classes, e.op(aten.unsqueeze.default, index, classes))
+        picked = e.op(aten.mul.Tensor, e.op(aten.squeeze.dim, picked, classes), e.op(aten.logical_and.default, mine, counted))
         loss = e.op(aten.neg.default, e.op(aten.sum.default, picked))
         weight = e.op(aten.sum.default, e.op(aten._to_copy.default, counted, dtype=cut.operand_dtype(0)))
     weight = e.all_reduce(weight, batch, "sum") if batch else weight
@@ -288,18 +289,18 @@ def nll_loss(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
 
 
 def nll_loss_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
-    rank = len(cut.result_shape())
-    vocab = cut.result_axes(rank - 1)
+    classes = min(1, len(cut.result_shape()) - 1)
+    vocab = cut.result_axes(classes)
     if not vocab:
         return plain(e, cut, args, kwargs)
     grad, logp, target, total = args[0], args[1], args[2], args[6]
-    index, mine = _own_rows(e, target, vocab, cut.result_shape()[-1])
+    index, mine = _own_rows(e, target, vocab, cut.result_shape()[classes])
     counted = e.op(aten.logical_and.default, mine, e.op(aten.ne.Scalar, target, cut.argument("ignore_index", -100)))
     if cut.argument("reduction") == _MEAN:
         grad = e.op(aten.div.Tensor, grad, total)
     value = e.op(aten.mul.Tensor, e.op(aten.neg.default, grad), counted)
     zeros = e.op(aten.zeros_like.default, logp)
-    return e.op(aten.scatter.src, zeros, 1, e.op(aten.unsqueeze.default, index, 1), e.op(aten.unsqueeze.default, value, 1))
+    return e.op(aten.scatter.src, zeros, classes, e.op(aten.unsqueeze.default, index, classes), e.op(aten.unsqueeze.default, value, classes))
 
 
 def _per_channel(e: Emitter, x: Any, rank: int) -> Any:

@@ -674,27 +674,50 @@ def attention(node: fx.Node) -> Rule:
     return Rule(operands=(qd, kd, vd, *mask), results=(od, lse), flags=flags, sizes=sizes)
 
 
+def _nll_dims(logp: tuple[int, ...]) -> tuple[TensorDims, TensorDims]:
+    """Dims of the log-probabilities (classes second, first where there is no batch) and of the targets."""
+    if len(logp) == 1:
+        return (("v",),), ()
+    space = letters(len(logp) - 2, "s")
+    return (("b",), ("v",), *space), (("b",), *space)
+
+
 def nll_loss(node: fx.Node) -> Rule:
     """nll_loss_forward(logp, target): results loss and total weight; batch and vocabulary are split with help."""
     values = tensor_args(node)
-    rank = len(shape(values[0]))
-    batch: TensorDims = (("b",),) if rank > 1 else ()
+    logp, target = _nll_dims(shape(values[0]))
     weight: tuple[TensorDims, ...] = ((("v",),),) if len(values) > 2 else ()
     if argument(node, "reduction") == 0:
-        return Rule(operands=((*batch, ("v",)), batch, *weight), results=(batch, ()), flags={"v": "!"})
-    flags = {"b": "#", "v": "!" if weight or rank == 1 else "#"}
-    return Rule(operands=((*batch, ("v",)), batch, *weight), results=((), ()), flags=flags)
+        return Rule(operands=(logp, target, *weight), results=(target, ()), flags={"v": "!"})
+    flags = {n: "!" for (n,) in target} | {"b": "#", "v": "!" if weight or len(logp) == 1 else "#"}
+    return Rule(operands=(logp, target, *weight), results=((), ()), flags=flags)
 
 
 def nll_loss_backward(node: fx.Node) -> Rule:
     values = tensor_args(node)
-    rank = len(shape(values[1]))
-    batch: TensorDims = (("b",),) if rank > 1 else ()
-    grad = batch if len(shape(values[0])) else ()
+    logp, target = _nll_dims(shape(values[1]))
+    grad = target if len(shape(values[0])) else ()
     weight: tuple[TensorDims, ...] = ((("v",),),) if len(values) > 4 else ()
-    return Rule(
-        operands=(grad, (*batch, ("v",)), batch, *weight, ()), results=((*batch, ("v",)),), flags={"v": "!" if weight or rank == 1 else "*"}
-    )
+    flags = {"v": "!" if weight or len(logp) == 1 or grad else "*"}
+    return Rule(operands=(grad, logp, target, *weight, ()), results=(logp,), flags=flags)
+
+
+def select_scatter(node: fx.Node) -> Rule:
+    """x with x[:, i] replaced: the selected dim whole."""
+    x = shape(node)
+    dim = wrap(argument(node, "dim"), len(x))
+    names = letters(len(x))
+    src = tuple(n for i, n in enumerate(names) if i != dim)
+    return Rule(operands=(tuple(names), src), results=(tuple(names),), flags={names[dim][0]: "!"}, linear=((0, 1),))
+
+
+def slice_scatter(node: fx.Node) -> Rule:
+    """x with x[:, a:b] replaced: the sliced dim whole."""
+    x = shape(node)
+    dim = wrap(argument(node, "dim", 0), len(x))
+    names = letters(len(x))
+    src = tuple(("cut",) if i == dim else n for i, n in enumerate(names))
+    return Rule(operands=(tuple(names), src), results=(tuple(names),), flags={names[dim][0]: "!", "cut": "!"}, linear=((0, 1),))
 
 
 def update(node: fx.Node) -> Rule:
@@ -783,6 +806,8 @@ TABLE: dict[str, Row] = {
     "slice_backward": Row(rule=slice_backward, local=local_ops.slice_backward),
     "select": Row(rule=select_rule),
     "select_backward": Row(rule=select_backward, local=local_ops.select_backward),
+    "select_scatter": Row(rule=select_scatter),
+    "slice_scatter": Row(rule=slice_scatter),
     "split": Row(rule=split_rule, local=local_ops.split),
     "split_with_sizes": Row(rule=split_rule, local=local_ops.split),
     "unbind": Row(rule=lambda node: _unbind(node)),
@@ -814,11 +839,14 @@ TABLE: dict[str, Row] = {
     "argsort": Row(rule=along("dim", "!", 1)),
     "topk": Row(rule=lambda node: _topk(node)),
     # softmax and losses
+    "_safe_softmax": Row(rule=along("dim", "!", 1)),
     "_softmax": Row(rule=along("dim", "#", 1), local=local_ops.softmax),
     "_log_softmax": Row(rule=along("dim", "#", 1), local=local_ops.log_softmax),
     "_softmax_backward_data": Row(rule=along("dim", "#", 2), local=local_ops.softmax_backward),
     "_log_softmax_backward_data": Row(rule=along("dim", "#", 2), local=local_ops.log_softmax_backward),
     "nll_loss_forward": Row(rule=nll_loss, local=local_ops.nll_loss),
+    "nll_loss2d_forward": Row(rule=nll_loss, local=local_ops.nll_loss),
+    "nll_loss2d_backward": Row(rule=nll_loss_backward, local=local_ops.nll_loss_backward),
     "nll_loss_backward": Row(rule=nll_loss_backward, local=local_ops.nll_loss_backward),
     # indexing
     "embedding": Row(rule=embedding, local=local_ops.embedding),
@@ -936,7 +964,14 @@ def is_user_row(node: fx.Node) -> bool:
 
 _POINTWISE = Row(rule=pointwise)
 # Pointwise in every respect, though torch does not tag them so.
-_POINTWISE_EXTRA = {"aten::_to_copy", "aten::clone", "aten::masked_fill", "aten::where", "aten::alias", "aten::detach", "aten::fill", "aten::copy", "aten::lift_fresh_copy"}
+_POINTWISE_EXTRA = {
+    f"aten::{name}"
+    for name in (
+        "_to_copy", "clone", "masked_fill", "where", "alias", "detach", "fill", "copy", "lift_fresh_copy", "softplus_backward",
+        "hardtanh_backward", "hardswish_backward", "hardsigmoid_backward", "elu_backward", "leaky_relu_backward", "mish_backward",
+        "rrelu_with_noise_backward", "log_sigmoid_backward", "softshrink_backward", "hardshrink_backward",
+    )
+}  # fmt: skip
 
 
 def rule_of(node: fx.Node) -> Rule | None:

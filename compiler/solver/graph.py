@@ -69,10 +69,10 @@ def build_graph(model: Model, stream_weight: np.ndarray | None = None) -> Graph:
     neighbor = np.concatenate([model.edge_v, model.edge_u])[order]
     back = place[(order + num) % (2 * num)] if num else np.zeros(0, dtype=np.int64)
     edge = order % num if num else np.zeros(0, dtype=np.int64)
-    at = np.where(order < num, model.edge_off[edge], model.edge_off[edge] + len(edge_cost)) if num else np.zeros(0, dtype=np.int64)
+    size = np.diff(model.edge_off)[edge] if num else np.zeros(0, dtype=np.int64)
+    at = np.cumsum(size) - size  # in the order of half-edges: a node's matrices lie together
     matrix = np.empty(2 * len(edge_cost))
-    matrix[: len(edge_cost)] = np.minimum(edge_cost, big)
-    _transpose(model.edge_u, model.edge_v, model.edge_off, sizes, matrix)
+    _orient(order < num, edge, at, model.edge_u, model.edge_v, model.edge_off, sizes, np.minimum(edge_cost, big), matrix)
     return Graph(
         node_off=model.node_off,
         cost=np.minimum(cost, big),
@@ -92,10 +92,10 @@ def forbidden_cost(cost: np.ndarray, edge_cost: np.ndarray) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def _transpose(eu, ev, edge_off, sizes, matrix):  # type: ignore[no-untyped-def]
-    half = len(matrix) // 2
-    for e in range(len(eu)):
-        nu, nv = sizes[eu[e]], sizes[ev[e]]
+def _orient(forward, edge, at, eu, ev, edge_off, sizes, edge_cost, matrix):  # type: ignore[no-untyped-def]
+    for h in range(len(edge)):
+        e = edge[h]
+        nu, nv, base = sizes[eu[e]], sizes[ev[e]], edge_off[e]
         for i in range(nu):
             for j in range(nv):
-                matrix[half + edge_off[e] + j * nu + i] = matrix[edge_off[e] + i * nv + j]
+                matrix[at[h] + (i * nv + j if forward[h] else j * nu + i)] = edge_cost[base + i * nv + j]
