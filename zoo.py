@@ -185,7 +185,8 @@ ROWS: tuple[Row, ...] = (
     ),
     _row(
         "vit-h", "vit", "ViTForImageClassification", (32, 224), 632_045_800,
-        "Dosovitskiy et al. 2020, arXiv:2010.11929, table 1 (H/14)", _images, hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14, image_size=224,
+        "Dosovitskiy et al. 2020, arXiv:2010.11929, table 1 (H/14)", _images,
+        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14, image_size=224,
         num_labels=1000, **_NO_DROPOUT,
     ),
     _row(
