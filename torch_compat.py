@@ -135,3 +135,8 @@ foreach_add_ = torch._foreach_add_  # 2.13
 def direct_call(op: Any) -> Any:
     """What an overload's `__call__` calls; saves a Python frame per call."""
     return op._op if isinstance(op, OpOverload) else op  # 2.13
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell torch's learning-rate schedulers that the optimizer has made a step (they warn otherwise). Checked on 2.13."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -353,7 +353,9 @@ class Lowering:
         axes = (step.axis,)
         e = self.e
         if step.kind == "slice":
-            return _ready(e.take(x, axes, *self._place(value, spec, step.target)))
+            piece = e.take(x, axes, *self._place(value, spec, step.target))
+            # Some kernels of torch take saved statistics for contiguous without looking. Parameters stay views: updates write through them.
+            return _ready(piece if value.op == "placeholder" else e.op(torch.ops.aten.contiguous.default, piece))
         if step.kind == "zero":
             return _ready(e.zero_unless_first(x, axes))
         kind = PARTIAL_NAME.get(step.source, "sum")

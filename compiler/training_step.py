@@ -18,6 +18,7 @@ from ..runtime.execute import Executor
 from ..runtime.groups import AxisGroups
 from ..runtime.program import LocalProgram, shard_inputs
 from ..runtime.state import ProgramState
+from ..torch_compat import mark_stepped
 from .analyse import Analysis
 from .capture_tree import batch_tensors
 from .lower import lower
@@ -124,6 +125,8 @@ class TrainingStep:
     def _finish(self, outputs: list[Any]) -> torch.Tensor:
         assert self.analysis is not None
         self.num_steps += 1
+        if self.options.optimizer is not None:
+            mark_stepped(self.options.optimizer)
         kinds = [o.kind for o in self.analysis.step.outputs if o.kind in ("loss", "extra", "grad")]
         loss = outputs[0]
         extras = [value for kind, value in zip(kinds, outputs, strict=True) if kind == "extra"]

@@ -92,33 +92,41 @@ def _penalty_change(lo, hi, diff, load, rows):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def refine(steps, largest, noise, heat, penalty, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
-    """``steps`` region moves from ``x``; ``state``: [best energy, energy of x, overload of x in bytes x slots, penalty].
+def _update_prices(load, rate, penalty, price, weights, rows):  # type: ignore[no-untyped-def]
+    """Prices follow the loads a little; ``weights`` are the prices plus the penalty where a limit is passed."""
+    for k in range(len(load)):
+        if rate > 0:
+            price[k] *= np.exp(rate * min((load[k] - rows.limit[k]) / rows.scale[k], 1.0))
+        weights[k] = price[k] + (penalty if load[k] > rows.limit[k] else 0.0)
 
-    ``penalty``: cost per byte and slot above the limit. ``heat``: scale of accepted worsening.
+
+@numba.njit(cache=True, nogil=True)
+def refine(steps, start, total, smallest, largest, hot, cold, rate, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
+    """Region moves ``start .. start + steps`` of a schedule of ``total`` from ``x``.
+
+    ``state``: [best energy, energy of x, overload of x in bytes x slots, penalty per byte and slot above the limit]. ``hot``/``cold``: the
+    temperature at both ends (noise of proposals and accepted worsening), 0 for strict descent. ``rate``: the prices' step.
     """
     num, slots = len(x), len(price)
-    load, cum, diff = np.empty(slots), np.empty(slots + 1), np.zeros(slots + 1)
-    weights = np.empty(slots)
+    load, cum, diff, weights = np.empty(slots), np.empty(slots + 1), np.zeros(slots + 1), np.empty(slots)
     region, seen, old = np.empty(num, np.int64), np.full(num, -1, np.int64), np.empty(num, np.int64)
     fill_loads(x, rows, load)
-    over = _overload(load, rows)
-    now = energy(x, g)
-    for step in range(steps):
-        if step % 200 == 0:
-            if step > 0 and over > 0:
-                penalty *= 1.3
-            for k in range(slots):
-                weights[k] = price[k] + (penalty if load[k] > rows.limit[k] else 0.0)
+    over, now, penalty, least_penalty = _overload(load, rows), energy(x, g), state[3], state[3]
+    for step in range(start, start + steps):
+        heat = hot * (cold / hot) ** (step / total) if hot > 0 else 0.0
+        if (step - start) % 200 == 0:
+            if step > start:
+                penalty = penalty * 1.1 if over > 0 else max(penalty * 0.98, least_penalty)
+            _update_prices(load, rate, penalty, price, weights, rows)
             prefix(weights, cum)
-        size = _grow_region(np.random.randint(1, largest + 1), region, seen, step, g)
+        size = _grow_region(np.random.randint(smallest, largest + 1), region, seen, step, g)
         count = grow_forest(region, size, g, s)
         factor = 1.5 * np.random.random()
         for k in range(count):
             old[k] = x[s.sequence[k]]
             add_prices(s.sequence[k], cum, factor, g, rows, s.unary)
         before = forest_energy(count, x, g, s)
-        solve_forest(count, x, noise * np.random.random(), g, s)
+        solve_forest(count, x, heat, g, s)
         change = forest_energy(count, x, g, s) - before
         lo, hi = slots, 0
         for k in range(count):
@@ -126,7 +134,7 @@ def refine(steps, largest, noise, heat, penalty, x, price, best, state, g, rows,
             if x[v] != old[k]:
                 a, b = load_change(v, old[k], x[v], rows, diff)
                 lo, hi = min(lo, a), max(hi, b)
-        limit = -heat * np.log(np.random.random()) if heat > 0 else 0.0
+        limit = -heat * np.log(1.0 - np.random.random()) if heat > 0 else 0.0
         excess, ok = 0.0, change <= limit or over > 0
         if ok:
             excess = _penalty_change(lo, hi, diff, load, rows)
@@ -137,7 +145,6 @@ def refine(steps, largest, noise, heat, penalty, x, price, best, state, g, rows,
                 run += diff[k]
                 load[k] += run
             now += change
-            over += excess
             if excess != 0:
                 over = _overload(load, rows)
             if over <= 0 and now < state[0]:
