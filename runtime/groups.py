@@ -9,10 +9,10 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,11 @@ import torch.distributed as dist
 from .. import torch_compat
 from .sharding import unravel
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Axes = tuple[int, ...]
+Result = TypeVar("Result")
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 # Room for one rank's description in the agreement check; texts are shortened to fit.
 _RECORD_BYTES = 8192
@@ -65,6 +69,7 @@ class AxisGroups:
         self.backend = backend or (_job_backend() if self.size > 1 else "none")
         self.coords = unravel(self.rank, self.mesh)
         self._groups: dict[Axes, Group] = {}
+        self._device_meshes: dict[str, DeviceMesh] = {}
 
     def prepare(self, axes_list: Iterable[Axes]) -> None:
         """Make the groups of these axes. Every rank must ask for the same set; the order of asking does not matter."""
@@ -111,6 +116,40 @@ class AxisGroups:
                 + "; ".join(differing)
                 + ". Start every rank with the same script, model, plan file and options."
             )
+
+    def together(self, work: Callable[[], Result]) -> list[Result]:
+        """Do something on every rank and exchange the (small) results, in rank order. Where it fails on any rank, it raises on all.
+
+        The error is that of the lowest rank that failed: the own one as it is, another's as its type and text.
+        """
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return [result]
+        told = None if error is None else (type(error), str(error))
+        rows: list[Any] = [None] * self.size
+        dist.all_gather_object(rows, (result, told))
+        failed = next((rank for rank, (_, problem) in enumerate(rows) if problem is not None), None)
+        if failed is None:
+            return [row[0] for row in rows]
+        if error is not None and failed == self.rank:
+            raise error
+        kind, text = rows[failed][1]
+        raise (kind if issubclass(kind, ValueError) else RuntimeError)(f"{text} (on rank {failed})") from error
+
+    def device_mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh as torch's DTensors want it. All ranks call it."""
+        if device_type not in self._device_meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._device_meshes[device_type] = init_device_mesh(device_type, self.mesh)
+        return self._device_meshes[device_type]
 
     def _gather_records(self, record: dict[str, str]) -> list[dict[str, str]]:
         text = json.dumps(record).encode()

@@ -1,24 +1,48 @@
-"""The tensors that outlive a step, as one rank holds them: pieces of parameters, buffers and optimizer state, and step counts."""
+"""The tensors that outlive a step, as one rank holds them: pieces of parameters, buffers and optimizer state, and step counts.
+
+To the outside they have the plain model's names and shapes: as DTensors (`state_dict`), as a checkpoint that any plan and world size
+loads (`save`, `load`), as a safetensors file of the plain model (`export_safetensors`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .collectives import Communicator
+from .exposure import exposure_of, full_tensor
+from .groups import AxisGroups
 from .program import Key, LocalProgram, Port
+
+__all__ = ["CheckpointError", "ProgramState"]
 
 
 @dataclass(slots=True)
 class ProgramState:
-    """tensors: this rank's piece of every stored tensor. steps: fqn of a parameter → updates done (float32 scalar)."""
+    """This rank's stored tensors.
+
+    tensors: by (kind, fqn, slot). steps: fqn of a parameter → updates done (float32 scalar). names: entry of the plain model's
+    state dict → its key; several for tied weights. others: entries of the state dict the program has no part in.
+    """
 
     program: LocalProgram
     coords: tuple[int, ...]
     tensors: dict[Key, torch.Tensor] = field(default_factory=dict)
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, Key] = field(default_factory=dict)
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    # -- making -------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_model(
@@ -29,37 +53,260 @@ class ProgramState:
         *,
         device: torch.device | str = "cpu",
         optimizer: torch.optim.Optimizer | None = None,
+        share: bool = False,
     ) -> ProgramState:
-        """Cut a model's parameters and buffers; optimizer state starts at zero."""
-        full: dict[Key, torch.Tensor] = {("param", name, ""): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-        full |= {("buffer", name, ""): b.detach() for name, b in model.named_buffers(remove_duplicate=False)}
-        return cls.from_tensors(program, full, coords, device=device)
+        """Cut a model's parameters and buffers.
+
+        optimizer: where it has state (it has already trained), that is cut too; otherwise state starts at zero. share: pieces that
+        are the whole tensor on the same device are the model's own, so that training changes the model and takes no second copy.
+        Raises ValueError where the model does not fit the program.
+        """
+        named = _named(model)
+        full = {key: tensor.detach() for key, tensor in named.items()}
+        if optimizer is not None:
+            full |= _optimizer_state(named, optimizer)
+        state = cls.from_tensors(program, full, coords, device=device, share=share)
+        if optimizer is not None:
+            state.steps = _step_counts(program, named, optimizer)
+        state.names, state.others = _plain_names(model, program, named)
+        return state
 
     @classmethod
     def from_tensors(
-        cls, program: LocalProgram, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], *, device: torch.device | str = "cpu"
+        cls,
+        program: LocalProgram,
+        full: Mapping[Key, torch.Tensor],
+        coords: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        share: bool = False,
     ) -> ProgramState:
         """Cut full tensors; optimizer state that is not given starts at zero. Raises ValueError for missing or misshapen ones."""
-        state = cls(program, coords)
+        names = {port.fqn: key for key, port in program.stored.items() if port.kind != "state"}
+        state = cls(program, coords, names=names)
         for key, port in program.stored.items():
-            state.tensors[key] = _piece(port, full, coords, torch.device(device))
+            state.tensors[key] = _piece(port, full, coords, torch.device(device), share)
         return state
 
     def check(self, program: LocalProgram) -> None:
         """Raise ValueError where this state does not hold what a program stores."""
         for key, port in program.stored.items():
-            held = self.tensors.get(key)
-            assert port.spec is not None, f"{port.name} is stored without a layout"
+            held, spec = self.tensors.get(key), port.spec
+            assert spec is not None, f"{port.name} is stored without a layout"
             if held is None:
-                raise ValueError(f"the state has no {port.kind} {port.fqn} {port.slot}".rstrip())
-            if tuple(held.shape) != port.spec.local_shape() or held.dtype != port.dtype:
+                raise ValueError(f"the state has no {_words(key)}, which the program stores; it was made for another program")
+            if tuple(held.shape) != spec.local_shape() or held.dtype != port.dtype:
                 raise ValueError(
-                    f"{port.kind} {port.fqn} {port.slot} is {held.dtype} of shape {tuple(held.shape)} in the state; the program stores "
-                    f"{port.dtype} of shape {port.spec.local_shape()}"
+                    f"{_words(key)} is {held.dtype} of shape {tuple(held.shape)} in the state; the program stores "
+                    f"{port.dtype} of shape {spec.local_shape()}"
                 )
 
+    # -- plain tensors ------------------------------------------------------------------------------------------------
 
-def _piece(port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    def full(self, key: Key, groups: AxisGroups) -> torch.Tensor:
+        """The whole of one stored tensor, on every rank. All ranks call it, for the same keys in the same order."""
+        return full_tensor(self.tensors[key], self._spec(key), self._communicator(groups))
+
+    def to_model(self, model: nn.Module, groups: AxisGroups) -> None:
+        """Copy parameters and buffers into a model, whole, on every rank. All ranks call it."""
+        for key, tensor in _named(model).items():
+            if key in self.tensors:
+                full = self.full(key, groups)
+                if tensor.shape != full.shape:  # released
+                    tensor.data = full.to(tensor.device, copy=True)
+                elif tensor.data_ptr() != full.data_ptr():
+                    with torch.no_grad():
+                        tensor.copy_(full)
+
+    def release_model(self, model: nn.Module) -> None:
+        """Free the model's own copies of what this state holds pieces of; `to_model` gives them back. Until then they are empty."""
+        for key, tensor in _named(model).items():
+            if key in self.tensors and tensor.data_ptr() != self.tensors[key].data_ptr():
+                tensor.data = tensor.data.new_empty(0)
+
+    def load_model(self, source: Mapping[str, torch.Tensor] | str | os.PathLike[str]) -> None:
+        """Take parameters and buffers from a plain model's state dict or safetensors file; every rank reads what it needs.
+
+        Optimizer state and step counts stay. Raises CheckpointError for a damaged file and for missing, unexpected or
+        misshapen entries; nothing is changed then.
+        """
+        if isinstance(source, Mapping):
+            self._take(set(source), source.__getitem__, "the state dict")
+            return
+        try:
+            with safe_open(os.fspath(source), framework="pt") as file:
+                self._take(set(file.keys()), file.get_tensor, str(source))
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no file {source}") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{source} is no readable safetensors file ({error}); it may be cut off or damaged") from error
+
+    def _take(self, given: set[str], get: Callable[[str], torch.Tensor], where: str) -> None:
+        plain = self.names.keys() | self.others.keys()
+        # Of tied names one is enough.
+        missing = {name for name in plain - given if not any(self._tied(name, other) for other in given)}
+        checkpoint.check_names(missing, given - plain, where)
+        cut: dict[str, torch.Tensor] = {}
+        for name in sorted(given):
+            tensor = get(name)
+            shape, dtype = self._plain_shape(name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)} in {where}, {dtype} of shape {shape} in the model"
+                )
+            cut[name] = tensor if name in self.others else self._spec(self.names[name]).shard(tensor, self.coords)
+        for name, piece in cut.items():
+            (self.others[name] if name in self.others else self.tensors[self.names[name]]).copy_(piece)
+
+    def _tied(self, name: str, other: str) -> bool:
+        return name in self.names and self.names.get(other) == self.names[name]
+
+    def _plain_shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        if name in self.others:
+            return tuple(self.others[name].shape), self.others[name].dtype
+        port = self.program.stored[self.names[name]]
+        return self._spec(port.key).shape, port.dtype
+
+    def export_safetensors(self, path: str | os.PathLike[str], groups: AxisGroups, model: nn.Module | None = None) -> None:
+        """Write the plain model's state dict as one safetensors file: same names (tied ones too), shapes and dtypes.
+
+        Rank 0 writes, through a temporary file; all ranks call it. model: unused, names are those of the model the state came from.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for name in sorted({*self.names, *self.others}):
+            full = self.others[name] if name in self.others else self.full(self.names[name], groups)
+            if groups.rank == 0:
+                # Own memory for each: the format has no shared tensors.
+                tensors[name] = full.detach().to("cpu", copy=True).contiguous()
+        groups.together(lambda: _write_safetensors(Path(path), tensors) if groups.rank == 0 else None)
+
+    # -- DTensors and checkpoints -------------------------------------------------------------------------------------
+
+    def state_dict(self, groups: AxisGroups) -> dict[str, Any]:
+        """{"model": {name: DTensor}, "optimizer": {fqn: {slot: DTensor, "step": scalar}}}. All ranks call it.
+
+        Where a layout is a slice of a dim the DTensor shares this state's memory; others are copies. On one device there is no
+        process group and so no DTensor: plain tensors then.
+        """
+        exposed = {key: self._dtensor(key, piece, groups) for key, piece in self._exposed(groups)}
+        model = {name: exposed[key] for name, key in self.names.items()} | self.others
+        optimizer: dict[str, dict[str, Any]] = {}
+        for kind, fqn, slot in exposed:
+            if kind == "state":
+                optimizer.setdefault(fqn, {})[slot] = exposed[kind, fqn, slot]
+        for fqn, step in self.steps.items():
+            optimizer.setdefault(fqn, {})["step"] = step
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, path: str | os.PathLike[str], groups: AxisGroups, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint folder. All ranks call it. extra: JSON values to keep with it, returned by `load`.
+
+        A save that is interrupted leaves the checkpoint that was there before. Raises CheckpointError.
+        """
+        checkpoint.save(Path(path), self._entries(groups), groups, dict(extra or {}))
+
+    def load(self, path: str | os.PathLike[str], groups: AxisGroups, *, model_only: bool = False) -> dict[str, Any]:
+        """Read a checkpoint, whatever plan and number of ranks wrote it; returns its `extra`. All ranks call it.
+
+        model_only: leave optimizer state and step counts as they are. Raises CheckpointError on all ranks where it is damaged or
+        of another model or optimizer; nothing is changed then.
+        """
+        for port in self.program.inputs:
+            if port.kind == "param" and port.group >= 0:
+                # Counts are part of a checkpoint from the first update on; they are read into places that exist.
+                self.steps.setdefault(port.fqn, torch.zeros(()))
+        entries = self._entries(groups)
+        chosen = {name: tensor for name, tensor in entries.items() if name.startswith("model/") or not model_only}
+        extra = checkpoint.load(Path(path), chosen, groups, ignore_prefix="optimizer/" if model_only else None)
+        self._put_back(chosen, groups)
+        return extra
+
+    def _entries(self, groups: AxisGroups) -> dict[str, Any]:
+        """Everything to save, by its name in a checkpoint. A tied weight is there once, under its first name."""
+        state = self.state_dict(groups)
+        first = {key: name for name, key in reversed(list(self.names.items()))}
+        once = [name for name in state["model"] if name in self.others or first[self.names[name]] == name]
+        out = {f"model/{name}": state["model"][name] for name in once}
+        for fqn, slots in state["optimizer"].items():
+            out |= {f"optimizer/{fqn}/{slot}": value for slot, value in slots.items()}
+        return out
+
+    def _put_back(self, entries: Mapping[str, Any], groups: AxisGroups) -> None:
+        """Copy what was read for moved layouts into the tensors; the others share memory and are there already."""
+        communicator = self._communicator(groups)
+        for key, name in self._entry_names().items():
+            exposure = exposure_of(self._spec(key))
+            if name in entries and exposure.moves:
+                self.tensors[key].copy_(exposure.back(_local(entries[name]), communicator, groups.mesh))
+
+    def _entry_names(self) -> dict[Key, str]:
+        out = {key: f"model/{name}" for name, key in reversed(list(self.names.items()))}
+        return out | {key: f"optimizer/{key[1]}/{key[2]}" for key in self.tensors if key[0] == "state"}
+
+    def _exposed(self, groups: AxisGroups) -> Iterator[tuple[Key, torch.Tensor]]:
+        communicator = self._communicator(groups)
+        for key in self.program.stored:
+            yield key, exposure_of(self._spec(key)).out(self.tensors[key], communicator)
+
+    def _dtensor(self, key: Key, piece: torch.Tensor, groups: AxisGroups) -> torch.Tensor:
+        if groups.size == 1:
+            return piece
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        spec = self._spec(key)
+        placements = [Replicate() if dim is None else Shard(dim) for dim in exposure_of(spec).dims]
+        stride = torch.empty(spec.shape, device="meta").stride()
+        return DTensor.from_local(piece, groups.device_mesh(piece.device.type), placements, shape=torch.Size(spec.shape), stride=stride)
+
+    def _spec(self, key: Key) -> Any:
+        spec = self.program.stored[key].spec
+        assert spec is not None, f"{key} is stored without a layout"
+        return spec
+
+    def _communicator(self, groups: AxisGroups) -> Communicator:
+        groups.prepare((axis,) for axis in range(len(groups.mesh)))
+        return Communicator(groups)
+
+
+def _named(model: nn.Module) -> dict[Key, torch.Tensor]:
+    """A model's parameters and buffers under all their names."""
+    named: dict[Key, torch.Tensor] = {("param", name, ""): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return named | {("buffer", name, ""): b for name, b in model.named_buffers(remove_duplicate=False)}
+
+
+def _plain_names(
+    model: nn.Module, program: LocalProgram, named: Mapping[Key, torch.Tensor]
+) -> tuple[dict[str, Key], dict[str, torch.Tensor]]:
+    """Entries of the model's state dict: those the program stores, and the others."""
+    key_of = {id(named[key]): key for key in program.stored if key in named}
+    entries = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    names = {name: key_of[id(value)] for name, value in entries.items() if id(value) in key_of}
+    return names, {name: value.detach() for name, value in entries.items() if id(value) not in key_of}
+
+
+def _optimizer_state(named: Mapping[Key, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[Key, torch.Tensor]:
+    """What a torch optimizer has gathered so far, by key."""
+    out: dict[Key, torch.Tensor] = {}
+    for (kind, fqn, _), param in named.items():
+        slots = optimizer.state.get(param, {}) if kind == "param" else {}
+        out |= {("state", fqn, slot): value for slot, value in slots.items() if isinstance(value, torch.Tensor) and slot != "step"}
+    return out
+
+
+def _step_counts(
+    program: LocalProgram, named: Mapping[Key, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for key in program.stored:
+        slots = optimizer.state.get(named[key], {}) if key[0] == "param" else {}
+        if "step" in slots:
+            out[key[1]] = torch.as_tensor(slots["step"], dtype=torch.float32).clone()
+        elif slots.get("momentum_buffer") is not None:
+            out[key[1]] = torch.ones(())  # SGD counts nothing; all that matters is that it is not the first step
+    return out
+
+
+def _piece(port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], device: torch.device, share: bool) -> torch.Tensor:
     assert port.spec is not None, f"{port.name} is stored without a layout"
     tensor = full.get(port.key)
     if tensor is None and port.kind == "state":
@@ -68,8 +315,30 @@ def _piece(port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...]
         raise ValueError(f"the model has no {port.kind} {port.fqn!r}, which the program needs; it was made for another model")
     if tuple(tensor.shape) != port.spec.shape or tensor.dtype != port.dtype:
         raise ValueError(
-            f"{port.kind} {port.fqn!r} is {tensor.dtype} of shape {tuple(tensor.shape)} in the model; the program was made for "
+            f"{_words(port.key)} is {tensor.dtype} of shape {tuple(tensor.shape)} in the model; the program was made for "
             f"{port.dtype} of shape {port.spec.shape}"
         )
-    # A copy: updates work in place, and the model keeps its own values.
-    return port.spec.shard(tensor, coords).to(device, copy=True)
+    piece = port.spec.shard(tensor, coords)
+    # A copy, since updates work in place, unless the model may change with us.
+    return piece.to(device, copy=not (share and piece.numel() == tensor.numel()))
+
+
+def _words(key: Key) -> str:
+    kind, fqn, slot = key
+    return f"{slot} of {fqn!r}" if kind == "state" else f"{kind} {fqn!r}"
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        checkpoint.sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error
+    finally:
+        partial.unlink(missing_ok=True)

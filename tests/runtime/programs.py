@@ -5,8 +5,11 @@ import operator
 import torch
 from opweave.runtime import collectives as co
 from opweave.runtime import update
+from opweave.runtime.execute import Executor
+from opweave.runtime.groups import AxisGroups
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, replicated
+from opweave.runtime.state import ProgramState
 from torch import fx
 
 aten = torch.ops.aten
@@ -71,3 +74,13 @@ def batches(num=3, batch=8, width=4, dtype=torch.float32):
 def optimizer_of(kind, params, fused=True, **options):
     options = {"lr": 0.1, "fused": fused} | ({"momentum": 0.9} if kind == "SGD" else {}) | options
     return getattr(torch.optim, kind)(params, **options)
+
+
+def trained(num_steps, kind="AdamW"):
+    """An executor of `linear_program` on one device after some steps."""
+    program, model = linear_program(mesh=(1,), kind=kind), Linear()
+    optimizer = optimizer_of(kind, model.parameters())
+    executor = Executor(program, AxisGroups((1,)), optimizer=optimizer, state=ProgramState.from_model(program, model, (0,)))
+    for x in batches()[:num_steps]:
+        executor.run({"x": x})
+    return executor

@@ -42,8 +42,12 @@ def test_one_rank_equals_eager(kind):
         assert torch.allclose(executor.state.tensors["param", "w", ""], reference.w, rtol=1e-6, atol=1e-7)
 
 
-def test_two_ranks_equal_one():
-    assert "execute ok" in launch("execute_worker.py", num_ranks=2)
+def test_two_ranks_equal_lockstep_and_jobs_that_do_not_fit_are_refused():
+    """One job for all of it: a rank that refuses goes on."""
+    output = launch("execute_worker.py", num_ranks=2)
+    assert output.count("execute ok") == 2
+    assert output.count("rank refused: the ranks of this job do not run the same program: model differs (rank 0:") == 2
+    assert output.count("the mesh 4 needs 4 ranks, but this job has 2") == 2
 
 
 def one_op_program(build, num_inputs=1, shape=(4,)) -> LocalProgram:
@@ -201,16 +205,6 @@ def test_a_collective_nobody_waits_for_is_left_out():
 def test_without_a_job_a_mesh_is_refused():
     with pytest.raises(GroupError, match=r"mesh 2x2 needs 4 ranks, but torch.distributed is not initialised.*torchrun --nproc-per-node 4"):
         AxisGroups((2, 2))
-
-
-def test_ranks_that_disagree_all_say_so():
-    output = launch("execute_worker.py", "disagree", num_ranks=2)
-    assert output.count("rank refused: the ranks of this job do not run the same program: model differs (rank 0:") == 2
-
-
-def test_a_job_of_another_size_is_refused():
-    output = launch("execute_worker.py", "world", num_ranks=2)
-    assert output.count("the mesh 4 needs 4 ranks, but this job has 2") == 2
 
 
 def test_a_rank_that_stops_does_not_leave_the_other_waiting():

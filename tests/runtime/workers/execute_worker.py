@@ -36,7 +36,7 @@ def train() -> None:
             for key, value in executor.state.tensors.items():
                 assert torch.equal(value, states[groups.rank].tensors[key]), f"{key} differs"
     dist.barrier()
-    print("execute ok")
+    print("execute ok", flush=True)
 
 
 def disagree() -> None:
@@ -74,7 +74,8 @@ def stop() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    {"train": train, "disagree": disagree, "world": world, "stop": stop}[sys.argv[1] if len(sys.argv) > 1 else "train"]()
+    for work in (stop,) if sys.argv[1:] == ["stop"] else (disagree, world, train):
+        work()
     dist.destroy_process_group()
 
 
