@@ -206,7 +206,7 @@ ROWS: tuple[Row, ...] = (
         "Sandler et al. 2018, arXiv:1801.04381, table 2", _images, num_labels=1000, classifier_dropout_prob=0.0,
     ),
     _row(
-        "mobilenet-tiny", "mobilenet", "MobileNetV2ForImageClassification", (8, 32), 258_608, _OURS, _images,
+        "mobilenet-tiny", "mobilenet", "MobileNetV2ForImageClassification", (8, 64), 258_608, _OURS, _images,
         depth_multiplier=0.25, num_labels=16, classifier_dropout_prob=0.0,
     ),
     _row(
