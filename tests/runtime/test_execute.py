@@ -44,7 +44,7 @@ def test_one_rank_equals_eager(kind):
 
 def test_two_ranks_equal_lockstep_and_jobs_that_do_not_fit_are_refused():
     """One job for all of it: a rank that refuses goes on."""
-    output = launch("execute_worker.py", num_ranks=2)
+    output = launch("execute_worker.py", num_ranks=2, torchrun=True)
     assert output.count("execute ok") == 2
     assert output.count("rank refused: the ranks of this job do not run the same program: model differs (rank 0:") == 2
     assert output.count("the mesh 4 needs 4 ranks, but this job has 2") == 2
