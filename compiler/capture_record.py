@@ -19,7 +19,7 @@ from .. import torch_compat
 from ..runtime import ops  # noqa: F401  (defines the opweave ops)
 from ..torch_compat import FakeTensor, FakeTensorMode
 from .capture_errors import CaptureError, place, user_line
-from .capture_values import Values, View
+from .capture_values import Values, View, dense_stride
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ class Recorder(torch_compat.DispatchMode):
         super().__init__()
         self.fake = fake
         self.graph = fx.Graph()
-        self.values = Values(self.emit, self._constant)
+        self.values = Values(self.emit, self.val_of, self._constant)
         self.phase = "fwd"
         self.stack: list[str] = [""]
         self.seed: fx.Node | None = None
@@ -86,7 +86,7 @@ class Recorder(torch_compat.DispatchMode):
         return self.val_of(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def val_of(self, shape: tuple[int, ...], stride: tuple[int, ...] | None, dtype: torch.dtype) -> torch.Tensor:
-        stride = _dense_stride(shape) if stride is None else stride
+        stride = dense_stride(shape) if stride is None else stride
         key = (shape, stride, dtype)
         known = self._vals.get(key)
         if known is None:
@@ -266,9 +266,7 @@ class Recorder(torch_compat.DispatchMode):
         if val.shape != want.shape:
             val = self.val_of(tuple(want.shape), (0,) * want.dim(), want.dtype)
             node = self.emit(aten.expand.default, (node, list(want.shape)), {}, val)
-        if val.stride() != want.stride() and want.is_contiguous():
-            node = self.emit(aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, want)
-        self.values.write(tensor, node)
+        self.values.write(tensor, self.values.lay_out(node, want))
 
     def random_id(self) -> int:
         """A number of its own for each random op, in order of execution."""
@@ -360,14 +358,6 @@ def _key(arg: Any) -> Any:
     if isinstance(arg, dict):
         return tuple([(k, _key(v)) for k, v in arg.items()])
     return repr(arg) if isinstance(arg, float) else (type(arg), arg)
-
-
-def _dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
 
 
 def _on_cpu(kwargs: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ and its like), and raises the storage's version; a ref whose version is behind m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,9 @@ Emit = Callable[..., fx.Node]
 class Values:
     """All refs by tensor identity. The tensors are kept alive, since an identity is one only as long as its owner lives."""
 
-    def __init__(self, emit: Emit, constant: Callable[[torch.Tensor], fx.Node]) -> None:
+    def __init__(self, emit: Emit, val_of: Callable[..., torch.Tensor], constant: Callable[[torch.Tensor], fx.Node]) -> None:
         self._emit = emit
+        self._val_of = val_of
         self._constant = constant
         self._refs: dict[int, Ref] = {}
         self._alive: list[torch.Tensor] = []
@@ -121,8 +122,31 @@ class Values:
         if ref.parent is None:
             ref.storage.version += 1
         else:
-            self._write(ref.parent, self._put(ref, node))
+            self._write(ref.parent, self.lay_out(self._put(ref, node), ref.parent.val))
         ref.node, ref.version = node, ref.storage.version
+
+    def lay_out(self, node: fx.Node, like: torch.Tensor) -> fx.Node:
+        """The node's value with its dims in the order of the strides of `like`, dense: later views were checked against that."""
+        val = node.meta["val"]
+        order = _major_first(like.stride())
+        stride = _permute(dense_stride(_permute(val.shape, order)), _inverse(order))
+        if all(size < 2 or a == b for size, a, b in zip(val.shape, val.stride(), stride, strict=True)):
+            return node
+        return self._permuted(self._dense(self._permuted(node, order)), _inverse(order))
+
+    def _permuted(self, node: fx.Node, dims: list[int]) -> fx.Node:
+        val = node.meta["val"]
+        if dims == list(range(len(dims))):
+            return node
+        permuted = self._val_of(_permute(val.shape, dims), _permute(val.stride(), dims), val.dtype)
+        return self._emit(aten.permute.default, (node, dims), {}, permuted)
+
+    def _dense(self, node: fx.Node) -> fx.Node:
+        val = node.meta["val"]
+        if val.is_contiguous():
+            return node
+        dense = self._val_of(tuple(val.shape), None, val.dtype)
+        return self._emit(aten.clone.default, (node,), {"memory_format": torch.contiguous_format}, dense)
 
     def _put(self, ref: Ref, node: fx.Node) -> fx.Node:
         """The parent's value with the elements of view `ref` replaced by `node`."""
@@ -134,14 +158,12 @@ class Values:
         name = op._overloadpacket.__name__
         if name in _SCATTER:
             old = parent.node if parent.version == parent.storage.version else self._refresh(parent)
-            return self._emit(_SCATTER[name], (old, node, *args), {}, parent.val)
-        if name in ("t", "transpose"):
-            return self._emit(op, (node, *args), {}, parent.val)
-        if name == "permute":
-            dims = [d % len(args[0]) for d in args[0]]
-            return self._emit(op, (node, [dims.index(i) for i in range(len(dims))]), {}, parent.val)
+            return self._emit(_SCATTER[name], (old, node, *args), {}, old.meta["val"])
+        if name in ("t", "transpose", "permute"):
+            return self._permuted(node, _inverse(_permutation(name, args, parent.val.dim())))
         if name in ("view", "_unsafe_view", "_reshape_alias", "squeeze", "unsqueeze"):
-            return self._emit(aten.view.default, (node, list(parent.val.shape)), {}, parent.val)
+            shaped = self._val_of(tuple(parent.val.shape), None, parent.val.dtype)
+            return self._emit(aten.view.default, (self._dense(node), list(parent.val.shape)), {}, shaped)
         raise CaptureError(
             f"an in-place write to a view made by {name} cannot be captured; "
             "write to a copy instead: `x = x.clone()`, or use the op without the trailing underscore"
@@ -154,6 +176,38 @@ _SCATTER = {
     "diagonal": aten.diagonal_scatter.default,
     "as_strided": aten.as_strided_scatter.default,
 }
+
+
+def dense_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _permute(values: Sequence[int], dims: list[int]) -> tuple[int, ...]:
+    return tuple(values[d] for d in dims)
+
+
+def _inverse(dims: list[int]) -> list[int]:
+    return [dims.index(i) for i in range(len(dims))]
+
+
+def _major_first(stride: Sequence[int]) -> list[int]:
+    """Dims from the largest stride to the smallest."""
+    return sorted(range(len(stride)), key=lambda d: (-stride[d], d))
+
+
+def _permutation(name: str, args: tuple[Any, ...], rank: int) -> list[int]:
+    """`dims` such that the view is `permute(dims)`."""
+    if name == "permute":
+        return [d % rank for d in args[0]]
+    first, second = (0, rank - 1) if name == "t" else (args[0] % rank, args[1] % rank)
+    dims = list(range(rank))
+    dims[first], dims[second] = dims[second], dims[first]
+    return dims
 
 
 def _single_of_list(view: View, ref: Ref) -> tuple[Any, tuple[Any, ...]]:

@@ -249,7 +249,18 @@ def _reads_after_writes(m, x):
     return (before + row).sum() + rest.sum() + y.relu_().sum()
 
 
-@pytest.mark.parametrize("function", [_writes_to_views, _writes_by_index, _augmented, _reads_after_writes])
+def _writes_through_transposes(m, x):
+    y, z, w = m.lin(x).clone(), torch.zeros(16, 8), torch.ones(4, 2, 16)
+    y.t().copy_(torch.arange(128.0).view(16, 8))
+    z.t().add_(m.lin(x))
+    w.permute(2, 0, 1).view(16, 8)[3:5].mul_(z[3:5])
+    w.transpose(0, 1)[1].sub_(torch.ones(16))
+    return y.view(-1).sum() + (z.view(-1) * torch.arange(128.0)).sum() + w.view(-1).square().sum()
+
+
+@pytest.mark.parametrize(
+    "function", [_writes_to_views, _writes_by_index, _augmented, _reads_after_writes, _writes_through_transposes]
+)
 def test_in_place_ops_are_gone_and_right(function):
     assert_same_as_eager(model_of(function), x_of())
 
