@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +54,7 @@ class CheckFailed(Exception):
 
 def main() -> None:
     """Entry point of the console script."""
+    warnings.showwarning = lambda message, *_, **__: _err.print(f"[yellow]warning:[/] {_escaped(str(message))}", soft_wrap=True)
     app()
 
 
@@ -397,6 +399,100 @@ def clusters(
         _print_json({"clusters": [cluster_row(c) for c in found_all]})
     else:
         _out.print(clusters_table(found_all))
+
+
+@app.command()
+@_reports_errors
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The cluster file to write.")] = Path("cluster.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter runs.")] = False,
+    check: Annotated[Path | None, typer.Option("--check", help="Measure a few samples again: does this file still hold?")] = None,
+    from_profile: Annotated[Path | None, typer.Option("--from-profile", help="Correct the file OUTPUT by a recorded profile.")] = None,
+    memory_share: Annotated[float, typer.Option(help="Largest share of the memory to use.")] = 0.25,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this machine and write its cluster file; under torchrun, all ranks together. An interrupted run goes on where it was."""
+    from . import calibration
+    from .cost_model.calibrate import Options
+
+    if check is not None:
+        _check_calibration(check, as_json)
+    elif from_profile is not None:
+        _correct_calibration(output, from_profile, as_json)
+    else:
+        leads = calibration.join_job() == 0
+        options = Options(quick=quick, memory_share=memory_share, folder=output.resolve().parent)
+        with _steps_bar("calibrating", leads) as progress:
+            made = calibration.calibrate_here(output, options, progress)
+        if leads:
+            _show_calibration(output, made, as_json)
+
+
+def _show_calibration(path: Path, made: Any, as_json: bool) -> None:
+    from .cli_tables import cluster_row, pairs_table, rate_text, rows_table
+
+    found = made.calibration
+    if as_json:
+        _print_json({"file": str(path), "calibration": found, "cluster": cluster_row(made)})
+        return
+    facts = {
+        "file": path,
+        "devices": f"{made.num_nodes} x {made.devices_per_node} {made.device.name}",
+        "float32": rate_text(made.device.flops_per_s("float32")) + "FLOP/s",
+        "memory": rate_text(made.device.memory_bandwidth_bytes_per_s) + "B/s",
+        "overlap": f"{made.overlap:.0%}",
+        "took": f"{found['seconds']} s",
+    }
+    _out.print(pairs_table("calibrated", facts))
+    _out.print(rows_table("relative error on held-out samples", [{"class": k, **v} for k, v in found["residuals"].items()]))
+
+
+def _check_calibration(path: Path, as_json: bool) -> None:
+    from . import calibration
+    from .cli_tables import rows_table
+    from .cost_model.cluster import Cluster
+
+    leads = calibration.join_job() == 0
+    report = calibration.check_here(Cluster.load(path))
+    if leads and as_json:
+        _print_json(report)
+    elif leads:
+        _out.print(rows_table(f"{path}: predicted against measured now", report["rows"]))
+        _out.print(f"median error {report['median_error']:.0%}, {report['tolerance']:.0%} is allowed")
+    if not report["holds"]:
+        raise CheckFailed(
+            f"{path} does not hold here any more: median error {report['median_error']:.0%}; run `opweave calibrate -o {path}`",
+            printed=True,
+        )
+
+
+def _correct_calibration(path: Path, profile: Path, as_json: bool) -> None:
+    from .cost_model.cluster import Cluster
+    from .cost_model.fit_cluster import corrected
+
+    data = json.loads(profile.read_text())
+    factors = data.get("factors") if isinstance(data, dict) else None
+    if not isinstance(factors, dict) or not all(isinstance(f, int | float) for f in factors.values()):
+        raise ValueError(f'{profile} has no corrections: it needs {{"factors": {{"matmul/float32": 1.1, ...}}}}')
+    corrected(Cluster.load(path), factors).save(path)
+    if as_json:
+        _print_json({"file": str(path), "factors": factors})
+    else:
+        _out.print(f"{path}: {len(factors)} curves corrected")
+
+
+@contextlib.contextmanager
+def _steps_bar(text: str, shown: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A progress bar on stderr for known steps; gives the callback (done, total, what)."""
+    if not (shown and _err.is_terminal):
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=f"{text} {what[:40]:40}")
 
 
 @app.command()

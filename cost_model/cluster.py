@@ -15,6 +15,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -237,7 +238,7 @@ class Cluster:
                 f"mesh {'x'.join(map(str, mesh))} has {math.prod(mesh)} devices, cluster {self.name!r} has {self.num_devices}; "
                 f"meshes that fit: {', '.join('x'.join(map(str, m)) for m in self.mesh_candidates())}"
             )
-        per_node = self._devices_on_a_node(mesh, axes)
+        per_node = self.devices_of_group_on_a_node(mesh, axes)
         size = math.prod(mesh[axis] for axis in axes)
         if per_node >= size:
             return self.intra_node
@@ -245,9 +246,16 @@ class Cluster:
         if per_node > 1 and self.intra_node.rate_bytes_per_s < shared:
             shared = self.intra_node.rate_bytes_per_s
         rate = shared / self.inter_node.efficiency
-        return self.inter_node if per_node == 1 else replace(self.inter_node, bandwidth_bytes_per_s=rate, tables={})
+        if per_node == 1:
+            return self.inter_node
+        # Groups with several devices on a node were measured under "size/devices per node".
+        mixed = {
+            kind: {n.removesuffix(f"/{per_node}"): points for n, points in sizes.items() if n.endswith(f"/{per_node}")}
+            for kind, sizes in self.inter_node.tables.items()
+        }
+        return replace(self.inter_node, bandwidth_bytes_per_s=rate, tables={k: v for k, v in mixed.items() if v})
 
-    def _devices_on_a_node(self, mesh: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    def devices_of_group_on_a_node(self, mesh: tuple[int, ...], axes: tuple[int, ...]) -> int:
         """Most devices that the first group of `axes` has on one node."""
         ranks = [0]
         for axis in axes:
@@ -298,7 +306,7 @@ class Cluster:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cluster:
-        """Read a cluster file. Raises ClusterError when it is missing, damaged or has absurd values."""
+        """Read a cluster file. Raises ClusterError when it is missing, damaged or has absurd values; warns when measured elsewhere."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -310,9 +318,16 @@ class Cluster:
         except json.JSONDecodeError as error:
             raise ClusterError(f"cluster file {path} is not JSON: {error}") from error
         try:
-            return cls.from_dict(data)
+            cluster = cls.from_dict(data)
         except ClusterError as error:
             raise ClusterError(f"cluster file {path}: {error}") from None
+        if cluster.calibration:
+            from .journal import elsewhere
+
+            reason = elsewhere(cluster)
+            if reason:
+                warnings.warn(f"{path}: {reason}; plans are for that machine", stacklevel=2)
+        return cluster
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cluster:

@@ -46,6 +46,7 @@ _DEFAULTS: dict[str, dict[str, _Default]] = {
         "conv": _Default(0.60, 8e-6, 32),
         "moe": _Default(0.70, 2e-5, 32),
         "reduction": _Default(0.80, 3e-6, 0),
+        "scatter": _Default(0.50, 4e-6, 0),
         "*": _Default(0.85, 2e-6, 0),
     },
     "cpu": {
@@ -54,6 +55,9 @@ _DEFAULTS: dict[str, dict[str, _Default]] = {
         "conv": _Default(0.50, 1e-5, 4),
         "moe": _Default(0.60, 1e-4, 8),
         "reduction": _Default(0.50, 2e-6, 0),
+        "transcendental": _Default(0.30, 1e-6, 0),
+        "softmax": _Default(0.40, 1e-6, 0),
+        "scatter": _Default(0.20, 2e-6, 0),
         "*": _Default(0.60, 1e-6, 0),
     },
 }
@@ -139,6 +143,15 @@ def kernel_seconds(
         return c.fixed_s + ideal * c.slope
     x = np.log(np.maximum(ideal, 1e-12))
     return np.exp(np.interp(x, c.log_ideal, c.log_seconds) + np.maximum(0.0, x - c.log_ideal[-1]))
+
+
+def origin(work: Work, device: Device, dtype: str = "float32") -> str:
+    """Where the price of a work comes from: "measured", "extrapolated" (outside the measured range) or "formula"."""
+    c = curve(device, work.op_class, dtype)
+    if not c.log_ideal:
+        return "formula"
+    x = math.log(max(ideal_seconds(work, device, dtype), 1e-12))
+    return "measured" if c.log_ideal[0] <= x <= c.log_ideal[-1] else "extrapolated"
 
 
 def is_measured(op_class: str, device: Device, dtype: str = "float32") -> bool:

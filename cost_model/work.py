@@ -16,7 +16,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 OP_CLASSES = (
-    "matmul", "attention", "conv", "moe", "norm", "pointwise", "reduction", "embedding", "update", "copy", "view", "other",
+    "matmul", "attention", "conv", "moe", "norm", "softmax", "pointwise", "transcendental", "reduction", "embedding", "scatter", "update",
+    "copy", "view", "other",
 )  # fmt: skip
 CLASS_INDEX = {name: i for i, name in enumerate(OP_CLASSES)}
 
@@ -182,9 +183,13 @@ def _rows(op: _Op, names: str) -> dict[str, _Op]:
     return dict.fromkeys(names.split(), op)
 
 
-# Elementwise functions that take tens of operations per element; the number is the cost on a CPU with vector math, in adds.
-_TRANSCENDENTAL = """gelu gelu_backward exp exp2 expm1 log log2 log1p tanh erf erfinv sigmoid silu silu_backward mish mish_backward pow sin
-    cos softplus softplus_backward log_sigmoid_forward log_sigmoid_backward elu elu_backward logit atan atan2 asin acos"""
+# Elementwise functions that take tens of operations per element: their cost on a CPU with vector math, in adds.
+_TRANSCENDENTAL = {
+    10: "silu sigmoid log_sigmoid_forward log_sigmoid_backward",
+    20: "gelu silu_backward exp exp2 expm1 log log2 log1p erf softplus softplus_backward elu elu_backward mish",
+    30: "gelu_backward sin cos pow logit mish_backward erfinv atan atan2 asin acos",
+    70: "tanh",
+}
 _ELEMENTWISE = """add sub mul div neg reciprocal sqrt rsqrt abs sign relu leaky_relu leaky_relu_backward hardtanh hardtanh_backward
     hardswish hardswish_backward hardsigmoid hardsigmoid_backward threshold threshold_backward tanh_backward sigmoid_backward
     clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt ge logical_and logical_or logical_not
@@ -208,10 +213,10 @@ OPS: dict[str, _Op] = {
         native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
         cudnn_batch_norm cudnn_batch_norm_backward batch_norm_backward rms_norm _fused_rms_norm _fused_rms_norm_backward""",
     ),
-    **_rows(_Op("norm", None, 20.0), "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp"),
-    **_rows(_Op("pointwise", None, 20.0), _TRANSCENDENTAL),
+    **_rows(_Op("softmax", None, 20.0), "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp"),
+    **{name: _Op("transcendental", None, float(cost)) for cost, names in _TRANSCENDENTAL.items() for name in names.split()},
     **_rows(_Op("pointwise"), _ELEMENTWISE),
-    "opweave::dropout_mask": _Op("pointwise", None, 20.0),
+    "opweave::dropout_mask": _Op("transcendental", None, 20.0),
     **_rows(
         _Op("reduction"),
         """sum mean amax amin max min argmax argmin any all prod var var_mean std linalg_vector_norm norm cumsum cumprod nll_loss_forward
@@ -222,7 +227,7 @@ OPS: dict[str, _Op] = {
         topk sort""",
     ),
     **_rows(_Op("embedding"), "embedding gather index index_select take"),
-    **_rows(_Op("reduction", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
+    **_rows(_Op("scatter", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
     "opweave::update": _Op("update", None, 12.0),
     **_rows(
         _Op("copy", None, 0.0),

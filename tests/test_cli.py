@@ -1,5 +1,6 @@
 """The command line: JSON on stdout, messages on stderr, exit status. The compiler itself is replaced by a stand-in here."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ from opweave import cli, zoo
 from opweave.cli_tables import bytes_text, cell, plain, seconds_text
 from opweave.compiler.plan import Decision, Plan
 from opweave.compiler.verify import VerificationError
+from opweave.cost_model import journal
 from typer.testing import CliRunner
 
 
@@ -200,3 +202,33 @@ def test_formatting():
     assert bytes_text(3 << 30) == "3 GiB" and bytes_text(12) == "12 B"
     assert cell("peak_bytes", {"device": 1 << 20}) == "device 1 MiB" and cell("x", None) == "-"
     assert plain({"a": (1, float("inf"))}) == {"a": [1, None]}
+
+
+def test_calibrate_writes_checks_and_corrects(tmp_path, monkeypatch):
+    from opweave import calibration
+    from opweave.cost_model.cluster import Cluster
+
+    path = tmp_path / "c.json"
+    cpu = Cluster.preset("cpu")
+    device = dataclasses.replace(cpu.device, tables={"norm/float32": {"points": [[1e-6, 1e-5], [1e-3, 1e-2]]}})
+    made = dataclasses.replace(cpu, device=device, calibration={"residuals": {"norm/float32": {"median": 0.1, "p90": 0.2}}, "seconds": 3.0})
+
+    def calibrate_here(output, options, progress):
+        made.save(output)
+        assert options.quick and options.folder == tmp_path
+        return made
+
+    monkeypatch.setattr(calibration, "calibrate_here", calibrate_here)
+    monkeypatch.setattr(journal, "elsewhere", lambda cluster: "")
+    code, out, _ = run("calibrate", "--quick", "-o", path, "--json")
+    assert code == 0 and json.loads(out)["calibration"]["residuals"] and Cluster.load(path) == made
+    (tmp_path / "p.json").write_text('{"factors": {"norm/float32": 2.0}}')
+    assert run("calibrate", "--from-profile", tmp_path / "p.json", "-o", path)[0] == 0
+    assert Cluster.load(path).device.tables["norm/float32"]["points"][0] == [1e-6, 2e-5]
+    (tmp_path / "p.json").write_text("[]")
+    code, _, err = run("calibrate", "--from-profile", tmp_path / "p.json", "-o", path)
+    assert code == 2 and "has no corrections" in err
+    report = {"holds": False, "median_error": 0.9, "tolerance": 0.35, "warning": "", "rows": [{"name": "x", "predicted_s": 1.0}]}
+    monkeypatch.setattr(calibration, "check_here", lambda cluster: report)
+    code, out, err = run("calibrate", "--check", path, "--json")
+    assert code == 1 and json.loads(out)["median_error"] == 0.9 and "does not hold here any more" in err

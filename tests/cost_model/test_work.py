@@ -26,7 +26,7 @@ from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, is_known, op_work
         ("opweave::moe_mlp", [(10, 16), (10, 2), (10, 2), (4, 48, 16), (4, 16, 24)], [(10, 16)],
          (), 2 * 20 * (48 * 16 + 16 * 24), "moe", 5),
         ("aten.add.Tensor", [(4, 5), (5,)], [(4, 5)], (1,), 20, "pointwise", None),
-        ("aten.gelu.default", [(4, 5)], [(4, 5)], (), 400, "pointwise", None),
+        ("aten.gelu.default", [(4, 5)], [(4, 5)], (), 400, "transcendental", None),
         ("aten.sum.dim_IntList", [(4, 5)], [(4,)], ([1],), 20, "reduction", None),
         ("aten.view.default", [(4, 5)], [(20,)], (), 0, "view", None),
         ("aten.embedding.default", [(1000, 8), (2, 3)], [(2, 3, 8)], (), 1000 * 8, "embedding", None),

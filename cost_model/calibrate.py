@@ -1,0 +1,212 @@
+"""Calibration: measure this machine (all ranks of the job together), fit the price curves, write a cluster file.
+
+The order is fixed and the same on all ranks: ops, copies, disk, collectives per group, overlap. Ranks time ops at the same moment, as
+in a step, where they share memory bandwidth; their times are averaged. Finished samples are kept in FILE.partial, and a calibration
+that was interrupted goes on from there; FILE itself is replaced only by a complete result.
+
+Collectives are the runtime's, handed in as `Communication` (this folder does not know the runtime).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from . import detect, measure
+from .cluster import Cluster, ClusterError
+from .fit_cluster import fitted
+from .journal import Journal, barrier, from_rank_0, machine, mean, rank, versions, world
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
+Progress = Callable[[int, int, str], None]  # done, total, what
+
+
+class Communication(Protocol):
+    """The runtime's collectives over one mesh axis or several. `start` begins one, `wait` ends it."""
+
+    def start(self, kind: str, tensor: torch.Tensor) -> Any: ...
+
+    def wait(self, pending: Any) -> Any: ...
+
+
+# mesh, axes -> its collectives; all ranks ask in the same order.
+Connect = Callable[[tuple[int, ...], tuple[int, ...]], Communication]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """quick: fewer sizes, shorter runs. memory_share: most of the free memory that samples may take. folder: on the disk to measure."""
+
+    quick: bool = False
+    memory_share: float = 0.25
+    folder: Path = Path()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_share <= 1:
+            raise ClusterError(f"memory share is {self.memory_share}; it is a fraction of the memory, above 0 and at most 1")
+
+    @property
+    def budget_s(self) -> float:
+        return 0.01 if self.quick else 0.03
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    output: str | os.PathLike[str] | None = None,
+    *,
+    connect: Connect | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Cluster:
+    """Measure and fit; rank 0 writes `output`. All ranks of a job call it and get the same cluster.
+
+    connect: the runtime's collectives, needed with several ranks. Raises ClusterError where what was measured cannot be.
+    """
+    options = options or Options()
+    if world() > 1 and connect is None:
+        raise ClusterError(f"{world()} ranks calibrate together only with `connect`, which gives the collectives to measure")
+    begin = time.perf_counter()
+    start = detect.detect_cluster()
+    path = None if output is None else Path(output)
+    device = torch.device("cuda", torch.cuda.current_device()) if start.device.kind == "cuda" else torch.device("cpu")
+    dtypes = [str(dtype) for dtype in options.dtypes]
+    key = {"machine": machine(), "versions": versions(), "ranks": world(), "quick": options.quick, "dtypes": dtypes}
+    journal = Journal(None if path is None else path.with_name(path.name + ".partial"), key)
+    steps = _steps(start, device, options, connect)
+    try:
+        for done, (name, run) in enumerate(steps):
+            if progress and rank() == 0:
+                progress(done, len(steps), name)
+            journal.take(name, run)
+    finally:
+        journal.save()
+    cluster = fitted(start, journal.samples, seconds=time.perf_counter() - begin, quick=options.quick)
+    if path is not None and rank() == 0:
+        cluster.save(path)
+    journal.remove()
+    return cluster
+
+
+def _steps(start: Cluster, device: torch.device, options: Options, connect: Connect | None) -> list[Step]:
+    """Everything to measure, in order: (name, what measures it). The same list on every rank."""
+    scale = 4 if device.type == "cuda" else 1
+    room = start.device.usable_bytes * options.memory_share
+    rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
+    steps: list[Step] = [(f"op {row.name}", partial(op_sample, row, device, options.budget_s)) for row in rows]
+    sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
+    for direction in ("device_to_host", "host_to_device"):
+        steps.append((f"copy {direction}", partial(_copy_sample, direction, device, sizes, options.budget_s)))
+    steps.append(("disk", partial(_disk_sample, options.folder, quick=options.quick)))
+    if device.type == "cuda":
+        steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2)))
+    if connect is not None:
+        steps += _collective_steps(start, device, options, connect)
+    return steps
+
+
+def op_sample(row: measure.Row, device: torch.device, budget_s: float) -> Any:
+    barrier()
+    timing = measure.measure(row, device, budget_s=budget_s)
+    seconds = mean(timing.seconds if timing else None)
+    return None if timing is None or seconds is None else {"work": list(timing.work), "dtype": timing.dtype, "seconds": seconds}
+
+
+def _copy_sample(direction: str, device: torch.device, sizes: list[int], budget_s: float) -> list[list[float]]:
+    """[bytes, seconds], all ranks copying at once."""
+    barrier()
+    return [[x, mean(y) or y] for x, y in measure.copy_points(direction, device, sizes, budget_s)]
+
+
+def _disk_sample(folder: Path, quick: bool) -> dict[str, Any]:
+    sizes = (1 << 16, 1 << 20, 1 << 23) if quick else (1 << 16, 1 << 20, 1 << 23, 1 << 25)
+    points = measure.disk_points(folder, sizes) if rank() == 0 else None
+    return from_rank_0(points)
+
+
+def _groups(start: Cluster) -> dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(size, devices per node) of every group a mesh axis can make -> a mesh and the axes that make it."""
+    found: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for mesh in start.mesh_candidates():
+        for axis in range(len(mesh)):
+            found.setdefault((mesh[axis], start.devices_of_group_on_a_node(mesh, (axis,))), (mesh, (axis,)))
+    return {key: where for key, where in found.items() if key[0] > 1}
+
+
+def _collective_steps(start: Cluster, device: torch.device, options: Options, connect: Connect) -> list[Step]:
+    sizes = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+    steps: list[Step] = []
+    for (size, per_node), (mesh, axes) in sorted(_groups(start).items()):
+        wires = connect(mesh, axes)  # also where the samples are there already: all ranks make the same groups
+        for kind in KINDS:
+            steps.append((f"collective {kind} {size} {per_node}", partial(_collective_points, wires, kind, sizes, size, device)))
+        steps.append((f"overlap {size} {per_node}", partial(_overlap, wires, device)))
+    return steps
+
+
+def _collective_points(wires: Communication, kind: str, sizes: tuple[int, ...], group: int, device: torch.device) -> list[list[float]]:
+    return [[float(b), collective_sample(wires, kind, b, group, device)] for b in sizes]
+
+
+def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torch.Tensor:
+    """What a rank gives to a collective whose gathered tensor has `num_bytes`."""
+    share = num_bytes // 4 // (group if kind in ("all_gather", "all_to_all") else 1)
+    return torch.ones(max(group, share - share % group), device=device)
+
+
+def collective_sample(wires: Communication, kind: str, num_bytes: int, group: int, device: torch.device) -> float:
+    """Seconds of one collective, mean over ranks. The number of runs must not depend on a clock: ranks would disagree."""
+    tensor = _tensor(kind, num_bytes, group, device)
+    runs = 20 if num_bytes <= 1 << 18 else 7
+    times = []
+    barrier()
+    for _ in range(runs):
+        begin = time.perf_counter()
+        wires.wait(wires.start(kind, tensor))
+        _synchronise(device)
+        times.append(time.perf_counter() - begin)
+    return mean(sorted(times)[len(times) // 4]) or 0.0
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _overlap(wires: Communication, device: torch.device) -> float:
+    """Share of compute time that hides an all_reduce running beside it, 0 to 1."""
+    size = 4096 if device.type == "cuda" else 320
+    a, message = torch.rand(size, size, device=device), torch.ones(1 << 20, device=device)
+
+    def compute() -> None:
+        for _ in range(4):
+            torch.mm(a, a)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(9):
+            barrier()
+            begin = time.perf_counter()
+            run()
+            _synchronise(device)
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[2]
+
+    def both() -> None:
+        pending = wires.start("all_reduce", message)
+        compute()
+        wires.wait(pending)
+
+    alone, link, together = seconds(compute), seconds(lambda: wires.wait(wires.start("all_reduce", message))), seconds(both)
+    share = (alone + link - together) / min(alone, link)
+    return min(1.0, max(0.0, mean(share) or 0.0))

@@ -1,0 +1,139 @@
+"""From calibration samples to a cluster: measured peaks, a curve per op class, tables per link, and how good they are."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from . import fit
+from .cluster import Cluster, ClusterError, Link
+from .journal import machine, versions, world
+from .measure import Timing
+from .work import Work
+
+MEASURED = "measured: opweave calibrate"
+
+
+def corrected(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
+    """The cluster with measured curves scaled: "matmul/float32" -> measured seconds / predicted seconds of a real step.
+
+    Raises ClusterError for a class that has no curve, or a factor that cannot be.
+    """
+    tables = dict(cluster.device.tables)
+    for name, factor in factors.items():
+        if name not in tables:
+            raise ClusterError(f"the profile corrects {name!r}, for which {cluster.name!r} has no measured curve; it has {sorted(tables)}")
+        if not 0.01 < factor < 100:
+            raise ClusterError(f"the profile corrects {name!r} by {factor!r}; a factor between 0.01 and 100 is possible: calibrate again")
+        tables[name] = {**tables[name], "points": [[x, y * factor] for x, y in tables[name]["points"]]}
+    return replace(cluster, device=replace(cluster.device, tables=tables))
+
+
+def _timings(samples: Mapping[str, Any]) -> dict[tuple[str, str], list[Timing]]:
+    """Op samples by (class, dtype)."""
+    found: dict[tuple[str, str], list[Timing]] = {}
+    for name, sample in samples.items():
+        if name.startswith("op ") and sample is not None:
+            timing = Timing(work=Work(*sample["work"]), dtype=sample["dtype"], seconds=sample["seconds"])
+            found.setdefault((timing.work.op_class, timing.dtype), []).append(timing)
+    return found
+
+
+def fitted(start: Cluster, samples: Mapping[str, Any], *, seconds: float, quick: bool) -> Cluster:
+    """The start cluster with all that was measured. Raises ClusterError, ValueError where a measurement cannot be."""
+    timings = _timings(samples)
+    device = replace(start.device, **_peaks(start, timings))
+    tables, residuals = {}, {}
+    for (op_class, dtype), found in sorted(timings.items()):
+        table, residual = fit.fit_class(op_class, dtype, found, device)
+        tables[f"{op_class}/{dtype}"] = table
+        residuals[f"{op_class}/{dtype}"] = asdict(residual)
+    calibration = {
+        "fitted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "ranks": world(),
+        "quick": quick,
+        "seconds": round(seconds, 1),
+        "residuals": residuals,
+    }
+    links = _links(start, samples)
+    sources = {**start.sources, **dict.fromkeys(["device.peak_flops", "device.memory_bandwidth_bytes_per_s", *links], MEASURED)}
+    host = replace(start.host, update_elements_per_s=_host_update(samples, start))
+    cluster = replace(
+        start, name="calibrated", device=replace(device, tables=tables), host=host, sources=sources, calibration=calibration, **links
+    )
+    return Cluster.from_dict(cluster.to_dict())  # what cannot be read back must not be written
+
+
+def _peaks(start: Cluster, timings: Mapping[tuple[str, str], list[Timing]]) -> dict[str, Any]:
+    """The best rates seen: FLOP/s of matrix products by dtype, bytes per second, elements updated per second."""
+    peaks = {dtype: max(t.work.flops / t.seconds for t in found) for (c, dtype), found in timings.items() if c == "matmul"}
+    streams = [t for (c, dtype), found in timings.items() if c in ("pointwise", "copy") and dtype == "float32" for t in found]
+    large = [t for t in streams if t.work.bytes >= 1 << 22] or streams
+    updates = [t for (c, dtype), found in timings.items() if c == "update" and dtype == "float32" for t in found]
+    found: dict[str, Any] = {"peak_flops": {**start.device.peak_flops, **peaks}}
+    if large:
+        found["memory_bandwidth_bytes_per_s"] = max(t.work.bytes / t.seconds for t in large)
+    if updates:
+        best = max(updates, key=lambda t: t.work.flops)
+        found["update_elements_per_s"] = best.work.flops / 12 / best.seconds
+    return found
+
+
+def _host_update(samples: Mapping[str, Any], start: Cluster) -> float:
+    """Elements per second of the fused update on the host: measured apart on a GPU, the device's own on a CPU."""
+    names = ["host update"] if "host update" in samples else [n for n in samples if n.startswith("op opweave.update/float32")]
+    found = [samples[name] for name in names if samples[name] is not None]
+    if not found:
+        return start.host.update_elements_per_s
+    best = max(found, key=lambda s: s["work"][0])
+    return float(best["work"][0] / 12 / best["seconds"] * start.devices_per_node)
+
+
+def _links(start: Cluster, samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Cluster that were measured."""
+    found: dict[str, Any] = {}
+    for direction in ("device_to_host", "host_to_device"):
+        found[direction] = _copy_link(samples[f"copy {direction}"])
+    if start.disk is not None:
+        read, write = (_copy_link(samples["disk"][side]) for side in ("read", "write"))
+        found["disk"] = replace(start.disk, read=read, write=write)
+    found.update(_network(start, samples))
+    overlaps = [value for name, value in samples.items() if name.startswith("overlap ")]
+    if overlaps:
+        found["overlap"] = min(overlaps)
+    return found
+
+
+def _copy_link(points: fit.Points) -> Link:
+    fixed, per_byte = fit.line(points)
+    return Link(latency_s=min(fixed, 1.0), bandwidth_bytes_per_s=1 / per_byte, tables={"copy": {"1": _monotone(points)}})
+
+
+def _monotone(points: fit.Points) -> fit.Points:
+    return [[x, y] for (x, _), y in zip(points, fit.isotonic([y for _, y in points]), strict=True)]
+
+
+def _network(start: Cluster, samples: Mapping[str, Any]) -> dict[str, Link]:
+    """intra_node and inter_node: tables by kind and group, and the formula's constants from the all_reduce of the smallest group."""
+    tables: dict[str, dict[str, dict[str, Any]]] = {"intra_node": {}, "inter_node": {}}
+    basis: dict[str, tuple[int, fit.Points]] = {}
+    for name, points in samples.items():
+        if not name.startswith("collective "):
+            continue
+        _, kind, size, per_node = name.split()
+        link = "intra_node" if size == per_node else "inter_node"
+        key = size if per_node in (size, "1") else f"{size}/{per_node}"
+        tables[link].setdefault(kind, {})[key] = _monotone(points)
+        if kind == "all_reduce" and (link not in basis or (per_node == "1", -int(size)) > (False, -basis[link][0])):
+            basis[link] = (int(size), points)
+    made = {}
+    for link, (n, points) in basis.items():
+        fixed, per_byte = fit.line(points)
+        rate = 2 * (n - 1) / n / per_byte
+        hop = fixed / (2 * (n - 1)) / 2
+        made[link] = Link(latency_s=hop, start_s=fixed / 2, bandwidth_bytes_per_s=rate, tables=tables[link])
+    return made

@@ -1,0 +1,169 @@
+"""Calibration on a handful of rows: what is written, resumed, refused and checked."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from opweave.cost_model import calibrate as calibration
+from opweave.cost_model import journal, measure
+from opweave.cost_model.calibrate import Options
+from opweave.cost_model.calibrate_check import check
+from opweave.cost_model.cluster import Cluster, ClusterError
+from opweave.cost_model.kernels import is_measured
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Only small rows of a few ops, so that a calibration takes a second."""
+    keep = ("aten.mm", "aten.add.Tensor", "aten.native_layer_norm.default", "opweave.update", "aten.clone", "aten.gelu.default")
+    all_rows = measure.rows
+
+    def rows(dtypes, **kwargs):
+        return [r for r in all_rows(dtypes, **kwargs) if r.op.startswith(keep) and r.num_bytes < 1 << 17 and r.dtype == torch.float32]
+
+    monkeypatch.setattr(measure, "rows", rows)
+    monkeypatch.setattr(measure, "ROTATE_BYTES", 1 << 18)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    return Options(quick=True, folder=tmp_path, dtypes=(torch.float32,))
+
+
+def test_calibration_writes_a_cluster_file(few_rows, quick, tmp_path):
+    seen = []
+    made = calibration.calibrate(tmp_path / "c.json", options=quick, progress=lambda done, total, name: seen.append((done, total)))
+    loaded = Cluster.load(tmp_path / "c.json")
+    assert loaded == made
+    assert {"fitted_at", "machine", "versions", "residuals"} <= set(loaded.calibration)
+    assert is_measured("matmul", loaded.device) and is_measured("pointwise", loaded.device) and not is_measured("attention", loaded.device)
+    assert loaded.sources["device.peak_flops"] == "measured: opweave calibrate"
+    assert loaded.disk.read.tables["copy"]["1"]
+    assert seen[0] == (0, len(seen)) and len(seen) > 5
+    assert not (tmp_path / "c.json.partial").exists()
+
+
+def test_an_interrupted_calibration_goes_on_and_keeps_the_old_file(few_rows, quick, tmp_path, monkeypatch):
+    path = tmp_path / "c.json"
+    Cluster.preset("cpu").save(path)
+    measured = []
+    real = measure.measure
+
+    def interrupted(row, device, *, budget_s):
+        if len(measured) == 12:
+            raise KeyboardInterrupt
+        measured.append(row.name)
+        return real(row, device, budget_s=budget_s)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    many = measure.rows((torch.float32,))[:16]
+    monkeypatch.setattr(measure, "rows", lambda dtypes, **kwargs: many)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(path, options=quick)
+    assert Cluster.load(path).name == "cpu"
+    before = len(measured)
+    monkeypatch.setattr(measure, "measure", lambda row, *args, **kwargs: (measured.append(row.name), real(row, *args, **kwargs))[1])
+    assert calibration.calibrate(path, options=quick).name == "calibrated"
+    assert len(many) == 16 and before == 12
+    assert measured == [row.name for row in many], "finished samples are not measured again"
+
+
+def test_a_journal_of_another_setting_starts_anew(tmp_path):
+    first = journal.Journal(tmp_path / "j", {"ranks": 1})
+    first.take("a", lambda: 1)
+    first.save()
+    assert journal.Journal(tmp_path / "j", {"ranks": 1}).samples == {"a": 1}
+    assert journal.Journal(tmp_path / "j", {"ranks": 2}).samples == {}
+    (tmp_path / "j").write_text("{half")
+    assert journal.Journal(tmp_path / "j", {"ranks": 1}).samples == {}
+
+
+def test_absurd_measurements_are_refused(few_rows, quick, tmp_path, monkeypatch):
+    real = measure.measure
+
+    def broken(row, device, *, budget_s):
+        return dataclasses.replace(real(row, device, budget_s=budget_s), seconds=-1.0)
+
+    monkeypatch.setattr(measure, "measure", broken)
+    with pytest.raises(ValueError, match=r"must be .*above 0"):
+        calibration.calibrate(tmp_path / "c.json", options=quick)
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_every_row_has_a_kernel_here_and_a_name_of_its_own():
+    import opweave.runtime.ops  # noqa: F401  defines opweave::attention
+
+    rows = measure.rows((torch.float32,))
+    assert len({row.name for row in rows}) == len(rows)
+    smallest = {}
+    for row in sorted(rows, key=lambda r: r.num_bytes):
+        smallest.setdefault(row.op, row)
+    for row in smallest.values():
+        timing = measure.measure(row, torch.device("cpu"), budget_s=0.0)
+        assert timing is not None and timing.seconds > 0, row.name
+        assert timing.work.op_class not in ("other", "view"), row.name
+
+
+def test_memory_share_bounds_the_samples(quick):
+    start = Cluster.preset("cpu")
+    small = dataclasses.replace(start, device=dataclasses.replace(start.device, memory_bytes=10**8, reserved_bytes=0))
+    few = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.001), None)
+    many = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.5), None)
+    assert len(few) < len(many)
+    with pytest.raises(ClusterError, match=r"memory share is 2"):
+        Options(memory_share=2)
+
+
+def test_check_compares_with_fresh_measurements(few_rows, quick, tmp_path):
+    made = calibration.calibrate(None, options=quick)
+    report = check(made, tolerance=5.0)
+    assert report["holds"] and report["warning"] == "" and len(report["rows"]) >= 4
+    slow = {k: {**t, "points": [[x, 1000 * y] for x, y in t["points"]]} for k, t in made.device.tables.items()}
+    wrong = dataclasses.replace(made, device=dataclasses.replace(made.device, tables=slow))
+    assert not check(wrong, tolerance=5.0)["holds"]
+    with pytest.raises(ClusterError, match="was not calibrated"):
+        check(Cluster.preset("cpu"))
+
+
+def test_a_file_measured_elsewhere_warns(few_rows, quick, tmp_path):
+    path = tmp_path / "c.json"
+    calibration.calibrate(path, options=quick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Cluster.load(path)
+    data = json.loads(path.read_text())
+    data["calibration"]["machine"]["processor"] = "another"
+    path.write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match="was measured on another machine"):
+        Cluster.load(path)
+
+
+def test_several_ranks_need_their_collectives(monkeypatch, quick):
+    monkeypatch.setattr(calibration, "world", lambda: 2)
+    with pytest.raises(ClusterError, match="2 ranks calibrate together only with `connect`"):
+        calibration.calibrate(None, options=quick)
+
+
+def test_collectives_become_tables(few_rows, quick, monkeypatch):
+    """Two pretended nodes of two ranks: groups inside a node, across nodes, and of all ranks get tables of their own."""
+
+    class Wires:
+        def __init__(self, mesh, axes):
+            self.size = mesh[axes[0]]
+
+        def start(self, kind, tensor):
+            return torch.cat([tensor] * 4)
+
+        def wait(self, pending):
+            return pending
+
+    start = dataclasses.replace(Cluster.preset("cpu"), num_nodes=2, devices_per_node=2)
+    monkeypatch.setattr(calibration.detect, "detect_cluster", lambda: start)
+    made = calibration.calibrate(None, connect=Wires, options=quick)
+    assert set(made.intra_node.tables["all_reduce"]) == {"2"}
+    assert set(made.inter_node.tables["all_gather"]) == {"2", "4/2"}
+    assert set(made.axis_link((4,), 0).tables["all_gather"]) == {"4"}
+    assert set(made.axis_link((2, 2), 0).tables["all_gather"]) == {"2", "4/2"}
+    assert 0 <= made.overlap <= 1
