@@ -206,6 +206,8 @@ class DirectTransport:
 
     # Above this many bytes a ring wins over direct sends between more than two devices.
     RING_BYTES = 64 * 1024
+    # From this many bytes on copying a tensor into a bucket costs more than a message of its own.
+    SOLO_BYTES = 512 * 1024
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -268,6 +270,8 @@ _REDUCE_OP = {
 
 class NativeTransport:
     """The backend's own collectives; for NCCL."""
+
+    SOLO_BYTES = math.inf
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -337,10 +341,7 @@ class Communicator:
             return x
         n = wire.group.size
         shape = cut_shape(x.shape, n, dim)
-        pending = wire.reduce_scatter(cut(x, n, dim, outer), op)
-        finish = pending.finish
-        pending.finish = lambda: finish().view(shape)
-        return pending
+        return _then(wire.reduce_scatter(cut(x, n, dim, outer), op), lambda piece: piece.view(shape))
 
     def all_to_all(
         self, x: torch.Tensor, axes: Axes, split_dim: int, split_outer: int, gather_dim: int, gather_outer: int
@@ -358,11 +359,12 @@ class Communicator:
         wire = self.transport(axes)
         if wire is None:
             return xs
-        shapes = [x.shape for x in xs]
-        pending = wire.all_reduce(pack(xs), op)
-        finish = pending.finish
-        pending.finish = lambda: unpack(finish(), shapes)
-        return pending
+
+        def packed(chosen: list[torch.Tensor], _: list[int]) -> Pending:
+            pending = wire.all_reduce(pack(chosen), op)
+            return _then(pending, lambda flat: unpack(flat, [x.shape for x in chosen]))
+
+        return _bucket(wire, xs, packed, lambda i: self.all_reduce(xs[i], axes, op))
 
     def reduce_scatter_bucket(
         self, xs: list[torch.Tensor], axes: Axes, dims: list[int], outers: list[int], op: str = "sum"
@@ -370,21 +372,60 @@ class Communicator:
         wire = self.transport(axes)
         if wire is None:
             return xs
-        n = wire.group.size
-        shapes = [cut_shape(x.shape, n, dim) for x, dim in zip(xs, dims, strict=True)]
-        pending = wire.reduce_scatter(pack_cut(xs, n, dims, outers), op)
-        finish = pending.finish
-        pending.finish = lambda: unpack(finish(), shapes)
-        return pending
+
+        def packed(chosen: list[torch.Tensor], at: list[int]) -> Pending:
+            n = wire.group.size
+            shapes = [cut_shape(x.shape, n, dims[i]) for x, i in zip(chosen, at, strict=True)]
+            rows = pack_cut(chosen, n, [dims[i] for i in at], [outers[i] for i in at])
+            return _then(wire.reduce_scatter(rows, op), lambda flat: unpack(flat, shapes))
+
+        return _bucket(wire, xs, packed, lambda i: self.reduce_scatter(xs[i], axes, dims[i], outers[i], op))
 
     def all_gather_bucket(self, xs: list[torch.Tensor], axes: Axes, dims: list[int], outers: list[int]) -> Any:
         wire = self.transport(axes)
         if wire is None:
             return xs
-        flat = pack(xs)
-        shapes = [x.shape for x in xs]
-        works, rows = wire.gather(flat)
-        return Pending(works, functools.partial(unpack_join, rows, shapes, dims, outers), (flat, rows))
+
+        def packed(chosen: list[torch.Tensor], at: list[int]) -> Pending:
+            flat = pack(chosen)
+            works, rows = wire.gather(flat)
+            shapes = [x.shape for x in chosen]
+            finish = functools.partial(unpack_join, rows, shapes, [dims[i] for i in at], [outers[i] for i in at])
+            return Pending(works, finish, (flat, rows))
+
+        return _bucket(wire, xs, packed, lambda i: self.all_gather(xs[i], axes, dims[i], outers[i]))
+
+
+def _then(pending: Pending, change: Callable[[Any], Any]) -> Pending:
+    """The same, its result changed."""
+    finish = pending.finish
+    pending.finish = lambda: change(finish())
+    return pending
+
+
+def _bucket(
+    wire: DirectTransport | NativeTransport,
+    xs: Sequence[torch.Tensor],
+    packed: Callable[[list[torch.Tensor], list[int]], Pending],
+    solo: Callable[[int], Pending],
+) -> Pending:
+    """Many tensors: small ones in one message, made by `packed` of them and their places; each large one by `solo` of its place."""
+    large = [i for i, x in enumerate(xs) if x.numel() * x.element_size() >= wire.SOLO_BYTES]
+    small = [i for i in range(len(xs)) if i not in set(large)]
+    parts = [(([i]), solo(i)) for i in large]
+    if small:
+        parts.append((small, packed([xs[i] for i in small], small)))
+
+    def finish() -> list[torch.Tensor]:
+        out: dict[int, torch.Tensor] = {}
+        for (places, part), alone in zip(parts, [True] * len(large) + [False], strict=False):
+            result = part.finish()
+            out |= dict(zip(places, [result] if alone else result, strict=True))
+            part.held = ()
+        return [out[i] for i in range(len(xs))]
+
+    works = [work for _, part in parts for work in part.works]
+    return Pending(works, finish, [tensor for _, part in parts for tensor in part.held])
 
 
 # ------------------------------------------------------------------------------------------------------------ local, no communication

@@ -64,6 +64,13 @@ def check_all(communicator: co.Communicator, groups: AxisGroups, axes) -> None:
     compare(communicator, groups, axes, co.all_reduce, lambda rank: tensors(rank, torch.float64, (1 << 16,)))
     compare(communicator, groups, axes, co.all_gather, lambda rank: tensors(rank, torch.float32) > 0, dim=1, outer=1)
 
+    def mixed(rank):  # large ones go by themselves
+        return [tensors(rank, torch.float32, shape) for shape in ((8,), (1 << 17, 4), (4, 8), (4, 1 << 16))]
+
+    compare(communicator, groups, axes, co.all_reduce_bucket, mixed)
+    compare(communicator, groups, axes, co.reduce_scatter_bucket, mixed, dims=[0, 0, 1, 1], outers=[1, 2, 1, 1])
+    compare(communicator, groups, axes, co.all_gather_bucket, mixed, dims=[0, 0, 1, 1], outers=[1, 2, 1, 1])
+
 
 def check_overlap(communicator: co.Communicator, axes) -> None:
     """Many in flight at once, waited for in another order."""
