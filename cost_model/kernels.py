@@ -27,7 +27,7 @@ import numpy.typing as npt
 from .cluster import Device
 from .work import OP_CLASSES, Work
 
-MATRIX_CLASSES = ("matmul", "attention", "conv", "moe")
+MATRIX_CLASSES = ("matmul", "attention", "attention_backward", "conv", "conv_backward", "moe", "moe_backward")
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,7 +38,7 @@ class _Default(NamedTuple):
     half_dim: float
 
 
-# Assumed per (device kind, class); "*" is for the classes that are not named.
+# Assumed per (device kind, class); a backward class that is not named is as its forward, "*" is for the others.
 _DEFAULTS: dict[str, dict[str, _Default]] = {
     "cuda": {
         "matmul": _Default(0.85, 6e-6, 32),
@@ -80,9 +80,9 @@ def curve(device: Device, op_class: str, dtype: str) -> Curve:
     """The price curve of a class. Raises ValueError for an unknown class."""
     if op_class not in OP_CLASSES:
         raise ValueError(f"unknown op class {op_class!r}; known are {', '.join(OP_CLASSES)}")
-    table = _DEFAULTS[device.kind]
-    default = table.get(op_class, table["*"])
-    efficiency = device.efficiency.get(op_class, default.efficiency)
+    table, forward = _DEFAULTS[device.kind], op_class.removesuffix("_backward")
+    default = table.get(op_class) or table.get(forward) or table["*"]
+    efficiency = device.efficiency.get(op_class) or device.efficiency.get(forward) or default.efficiency
     peak = device.flops_per_s(dtype if op_class in MATRIX_CLASSES else "float32")
     measured = device.tables.get(f"{op_class}/{dtype}")
     points = measured["points"] if measured else []

@@ -16,8 +16,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 OP_CLASSES = (
-    "matmul", "attention", "conv", "moe", "norm", "softmax", "pointwise", "transcendental", "reduction", "embedding", "scatter", "update",
-    "copy", "view", "other",
+    "matmul", "attention", "attention_backward", "conv", "conv_backward", "moe", "moe_backward", "norm", "norm_backward", "softmax",
+    "softmax_backward", "pointwise", "transcendental", "reduction", "embedding", "scatter", "update", "copy", "view", "other",
 )  # fmt: skip
 CLASS_INDEX = {name: i for i, name in enumerate(OP_CLASSES)}
 
@@ -201,19 +201,24 @@ OPS: dict[str, _Op] = {
     "linear": _Op("matmul", _linear),
     "_grouped_mm": _Op("moe", _grouped_mm),
     "opweave::attention": _Op("attention", _attention),
-    "opweave::attention_backward": _Op("attention", _attention_backward),
+    "opweave::attention_backward": _Op("attention_backward", _attention_backward),
     "scaled_dot_product_attention": _Op("attention", _attention),
     "opweave::moe_mlp": _Op("moe", _experts),
-    "opweave::moe_mlp_backward": _Op("moe", _experts_backward),
+    "opweave::moe_mlp_backward": _Op("moe_backward", _experts_backward),
     **_rows(_Op("conv", _convolution), "convolution conv1d conv2d conv3d"),
-    "convolution_backward": _Op("conv", _convolution_backward),
+    "convolution_backward": _Op("conv_backward", _convolution_backward),
     **_rows(
         _Op("norm", None, 8.0),
-        """native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm batch_norm_stats
-        native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
-        cudnn_batch_norm cudnn_batch_norm_backward batch_norm_backward rms_norm _fused_rms_norm _fused_rms_norm_backward""",
+        """native_layer_norm native_group_norm native_batch_norm batch_norm_stats _native_batch_norm_legit rms_norm _fused_rms_norm
+        _native_batch_norm_legit_functional _native_batch_norm_legit_no_training cudnn_batch_norm""",
     ),
-    **_rows(_Op("softmax", None, 20.0), "_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data logsumexp"),
+    **_rows(
+        _Op("norm_backward", None, 12.0),
+        """native_layer_norm_backward native_group_norm_backward native_batch_norm_backward cudnn_batch_norm_backward batch_norm_backward
+        _fused_rms_norm_backward""",
+    ),
+    **_rows(_Op("softmax", None, 20.0), "_softmax _log_softmax logsumexp"),
+    **_rows(_Op("softmax_backward", None, 8.0), "_softmax_backward_data _log_softmax_backward_data"),
     **{name: _Op("transcendental", None, float(cost)) for cost, names in _TRANSCENDENTAL.items() for name in names.split()},
     **_rows(_Op("pointwise"), _ELEMENTWISE),
     "opweave::dropout_mask": _Op("transcendental", None, 20.0),
