@@ -321,7 +321,7 @@ class FactorMap:
             return self._opaque(node)
         return BoundOp(
             sizes=tuple(sizes), flags=tuple(flags), names=tuple(names), operands=operands, results=results,
-            linear=rule.linear, reduce=rule.reduce,
+            linear=_passes(node, rule), reduce=rule.reduce,
         )
 
     def _bind_view(self, node: fx.Node, rule: Rule) -> BoundOp:
@@ -332,7 +332,7 @@ class FactorMap:
         every = tuple(range(len(a)))
         return BoundOp(
             sizes=a, flags=("",) * len(a), names=tuple(f"v{i}" for i in every), operands=(every,), results=(every,),
-            linear=rule.linear, reduce="sum",
+            linear=_passes(node, rule), reduce="sum",
         )
 
     def _opaque(self, node: fx.Node) -> BoundOp:
@@ -351,6 +351,12 @@ class FactorMap:
             sizes=tuple(sizes), flags=("!",) * len(sizes), names=tuple(f"x{i}" for i in range(len(sizes))),
             operands=operands, results=results, linear=(), reduce="sum", opaque=True,
         )
+
+
+def _passes(node: fx.Node, rule: Rule) -> tuple[tuple[int, ...], ...]:
+    """The linear groups whose tensors are floating-point numbers; partial sums of truth values or indices mean nothing."""
+    args = tensor_args(node)
+    return tuple(g for g in rule.linear if all(args[i].meta["val"].is_floating_point() for i in g))
 
 
 def _match_view(a: tuple[int, ...], b: tuple[int, ...], size: list[int]) -> list[tuple[list[int], list[int]]]:

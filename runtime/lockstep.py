@@ -184,7 +184,7 @@ def all_reduce(xs: Tensors, op: str) -> Tensors:
 
 def all_gather(xs: Tensors, dim: int, outer: int) -> Tensors:
     """Every device gets all pieces."""
-    rows = torch.stack(xs)
+    rows = torch.stack([x.contiguous() for x in xs])  # stack keeps the memory format of its operands, join wants rows in order
     return [co.join(rows.clone(), xs[0].shape, dim, outer) for _ in xs]
 
 
@@ -205,7 +205,7 @@ def all_to_all(xs: Tensors, split_dim: int, split_outer: int, gather_dim: int, g
     cuts = [co.cut(x, n, split_dim, split_outer) for x in xs]
     shape = co.cut_shape(xs[0].shape, n, split_dim)
     outer = co.outer_after_cut(n, split_dim, split_outer, gather_dim, gather_outer)
-    return [co.join(torch.stack([rows[j] for rows in cuts]), shape, gather_dim, outer) for j in range(n)]
+    return [co.join(torch.stack([rows[j] for rows in cuts]).contiguous(), shape, gather_dim, outer) for j in range(n)]
 
 
 def _transposed(per_tensor: Sequence[Tensors]) -> list[Tensors]:
