@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,9 +59,8 @@ def capture(
     spec = read_optimizer(optimizer, model) if optimizer is not None else None
     trace = _Trace(model, spec)
     batch = trace.add_batch(batch)
-    loss, extras, buffers = trace.forward(batch, loss_fn or default_loss, autocast)
-    grads = trace.backward(loss)
-    return trace.finish(loss, extras, buffers, grads, clip_grad_norm)
+    results = trace.run(batch, loss_fn or default_loss, autocast)
+    return trace.finish(results, clip_grad_norm)
 
 
 def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -70,6 +71,10 @@ def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
         output = model(*batch)
     else:
         output = model(batch)
+    return _find_loss(output, model)
+
+
+def _find_loss(output: Any, model: nn.Module) -> torch.Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, torch.Tensor):
         loss = output
@@ -90,18 +95,32 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-class _Step(nn.Module):
-    """The model with its loss function as one module, so that `functional_call` can put fake tensors in."""
+def _plain_kernels(model: nn.Module) -> AbstractContextManager[Any]:
+    """The CPU's fused LSTM kernel stands for no other device's; without it the layers are matrix products and pointwise ops."""
+    if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        return contextlib.nullcontext()
+    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-untyped-call]
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+
+class _Swapped(nn.Module):
+    """Holds the model, so that `functional_call` can put fake tensors in while work on it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.loss_fn = loss_fn
 
-    def forward(self, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-        """(what the loss function returned, the buffers as they are after it)."""
-        result = self.loss_fn(self.model, batch)
-        return result, dict(self.model.named_buffers())
+    def forward(self, work: Callable[[nn.Module], _Results]) -> _Results:
+        return work(self.model)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Results:
+    """What the traced step gave, as fake tensors. buffers: as they are after the step. grads: of what has any."""
+
+    loss: torch.Tensor
+    extras: tuple[Any, ...]
+    buffers: dict[str, torch.Tensor]
+    grads: dict[str, torch.Tensor]
 
 
 class _Trace:
@@ -111,7 +130,7 @@ class _Trace:
         self.model = model
         self.optimizer = optimizer
         self.fake = FakeTensorMode()
-        self.recorder = Recorder(self.fake, {id(m): name for name, m in model.named_modules()})
+        self.recorder = Recorder(self.fake, {id(m): name for name, m in model.named_modules()}, _names_of_tensors(model))
         self.inputs: list[GraphInput] = []
         self.params: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
@@ -153,25 +172,29 @@ class _Trace:
 
     # Forward and backward
 
-    def forward(self, batch: Any, loss_fn: LossFn, autocast: torch.dtype | None) -> tuple[torch.Tensor, Any, dict[str, torch.Tensor]]:
-        """(loss, extras, buffers after the step)."""
-        step = _Step(self.model, loss_fn)
+    def run(self, batch: Any, loss_fn: LossFn, autocast: torch.dtype | None) -> _Results:
+        """Run the step on fake tensors. The backward pass runs while they are in the model, since checkpointed layers run again in it."""
         state = {f"model.{fqn}": t for fqn, t in (*self.params.items(), *self.buffers.items())}
-        # The CPU's fused LSTM kernel stands for no other device's; without it the layers are matrix products and pointwise ops.
-        plain_rnn = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
-        kernels = torch.backends.mkldnn.flags(enabled=False) if plain_rnn else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        casts = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
-        with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), kernels, casts:
-            result, buffers = torch.func.functional_call(step, state, (batch,))
+
+        def work(model: nn.Module) -> _Results:
+            with torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext():
+                result = loss_fn(model, batch)
+            loss, *extras = result if isinstance(result, (tuple, list)) else (_find_loss(result, model),)
+            buffers = dict(model.named_buffers())
+            self._check_params()
+            self._check_loss(loss)
+            return _Results(loss=loss, extras=tuple(extras), buffers=buffers, grads=self._backward(loss))
+
+        with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), _plain_kernels(self.model):
+            return torch.func.functional_call(_Swapped(self.model), state, (work,))
+
+    def _check_params(self) -> None:
         for fqn, param in self.params.items():
             if self.recorder.values.written(param):
                 raise CaptureError(
                     f"parameter {fqn} is changed in place during the forward pass; only the optimizer may change parameters: "
                     "make it a buffer, or change it after the step"
                 )
-        loss, *rest = result if isinstance(result, (tuple, list)) else (result,)
-        self._check_loss(loss)
-        return loss, tuple(rest), buffers
 
     def _check_loss(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
@@ -188,22 +211,23 @@ class _Trace:
                 "`torch.no_grad` or an integer conversion between model and loss"
             )
 
-    def backward(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _backward(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gradient of each parameter to be trained that the loss depends on."""
         wanted = {fqn: p for fqn, p in self.params.items() if p.requires_grad}
         if self.optimizer is not None:
             wanted = {fqn: p for fqn, p in wanted.items() if fqn in self.optimizer.group_of}
         self.recorder.phase = "bwd"
-        with self._recording():
-            grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return {fqn: grad for fqn, grad in zip(wanted, grads, strict=True) if grad is not None}
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Ops are fake and recorded; whatever goes wrong in the user's code is told with its place."""
         try:
-            with quiet_fake_tensors(), torch.enable_grad(), self.fake, self.recorder:
-                yield
+            with quiet_fake_tensors(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.default_generator.manual_seed(0)  # random ops are told apart by its states
+                with self.fake, self.recorder:
+                    yield
         except CaptureError:
             raise
         except Exception as error:
@@ -213,24 +237,22 @@ class _Trace:
 
     # Update and outputs
 
-    def finish(
-        self, loss: torch.Tensor, extras: Any, buffers: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], clip: float | None
-    ) -> StepGraph:
+    def finish(self, results: _Results, clip: float | None) -> StepGraph:
         """Add update and outputs, and make the `StepGraph`."""
         read = self.recorder.values.read
-        extra_tensors, extra_spec = split_extras(extras)
-        outputs = [(GraphOutput(kind="loss"), read(loss))]
+        extra_tensors, extra_spec = split_extras(results.extras)
+        outputs = [(GraphOutput(kind="loss"), read(results.loss))]
         outputs += [(GraphOutput(kind="extra", fqn=str(i)), read(t)) for i, t in enumerate(extra_tensors)]
         for fqn, before in self.buffers.items():
-            after = buffers[fqn]
+            after = results.buffers[fqn]
             if after is not before or self.recorder.values.written(before):
                 outputs.append((GraphOutput(kind="buffer", fqn=fqn), read(after)))
-        grad_nodes = {fqn: read(grad) for fqn, grad in grads.items()}
+        grad_nodes = {fqn: read(grad) for fqn, grad in results.grads.items()}
         if self.optimizer is None and clip is None:
             outputs += [(GraphOutput(kind="grad", fqn=fqn), node) for fqn, node in grad_nodes.items()]
         else:
             outputs += add_update(self, self.optimizer, grad_nodes, clip)
-        return self._step_graph(outputs, extra_spec if extras else None)
+        return self._step_graph(outputs, extra_spec if results.extras else None)
 
     def _step_graph(self, outputs: list[tuple[GraphOutput, fx.Node]], extra_spec: Any) -> StepGraph:
         graph = self.recorder.graph
@@ -286,6 +308,10 @@ def _describe(graph: fx.Graph) -> None:
             partner = origin.partner.name if origin.phase == "bwd" and origin.partner in alive else ""  # type: ignore[union-attr]
             known[id(origin)] = OpInfo(path=origin.path, phase=origin.phase, partner=partner, line=origin.line)  # type: ignore[arg-type]
         node.meta["op"] = known[id(origin)]
+
+
+def _names_of_tensors(model: nn.Module) -> dict[int, str]:
+    return {id(t): fqn for named in (model.named_parameters, model.named_buffers) for fqn, t in named()}
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

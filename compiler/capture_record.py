@@ -61,15 +61,16 @@ class _Traits:
 class Recorder(torch_compat.DispatchMode):
     """`graph` grows as ops run under this mode (inside `fake`). Set `phase` to "bwd" before the backward pass."""
 
-    def __init__(self, fake: FakeTensorMode, module_names: dict[int, str]) -> None:
+    def __init__(self, fake: FakeTensorMode, module_names: dict[int, str], tensor_names: dict[int, str]) -> None:
         super().__init__()
+        self._tensor_names = tensor_names  # of the real parameters and buffers, which no op should meet
         self.fake = fake
         self.graph = fx.Graph()
         self.values = Values(self.emit, self.val_of, self._constant)
         self.phase = "fwd"
         self.stack: list[str] = [""]
         self.seed: fx.Node | None = None
-        self.num_random = 0
+        self._random_ids: dict[bytes, int] = {}
         self._module_names = module_names
         self._vals: dict[Any, torch.Tensor] = {}
         self._origins: dict[int, Origin] = {}
@@ -269,9 +270,15 @@ class Recorder(torch_compat.DispatchMode):
         self.values.write(tensor, self.values.lay_out(node, want))
 
     def random_id(self) -> int:
-        """A number of its own for each random op, in order of execution."""
-        self.num_random += 1
-        return self.num_random - 1
+        """A number of its own for each random op, in order of execution.
+
+        torch's own generator tells them apart and moves on with each: a checkpointed layer that runs again is given the generator's former
+        state by torch, and so draws the same numbers again.
+        """
+        with torch_compat.no_dispatch_modes():
+            state = torch.get_rng_state().numpy().tobytes()
+            torch.rand(())
+        return self._random_ids.setdefault(state, len(self._random_ids))
 
     def seed_node(self) -> fx.Node:
         """The graph input that random ops take; made at first use."""
@@ -291,6 +298,11 @@ class Recorder(torch_compat.DispatchMode):
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor that is no input of the graph: its values become part of the graph."""
+        if id(tensor) in self._tensor_names:
+            raise CaptureError(
+                f"{self._tensor_names[id(tensor)]} is used through a reference that bypasses its module (a list, a closure); "
+                "read it from its module in the forward pass (`self.weight`)"
+            )
         if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             raise CaptureError(
                 "a tensor is used that is neither parameter, buffer nor part of the batch and has no value; "

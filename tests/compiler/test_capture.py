@@ -370,6 +370,17 @@ def test_foreign_devices_become_neutral():
     assert not any("device" in n.kwargs for n in step.ops)
 
 
+@pytest.mark.parametrize("name", ["opt-tiny", "mixtral-tiny"])
+def test_checkpointed_layers_are_one_with_their_first_run(name):
+    model, batch = zoo.load(name)
+    model.config.use_cache = False  # as checkpointing sets it
+    ops = [n.target for n in capture(model, batch).ops]
+    model.gradient_checkpointing_enable()
+    if name in MOE:
+        model.set_experts_implementation("eager")
+    assert sorted(map(str, ops)) == sorted(str(n.target) for n in assert_same_as_eager(model, batch).ops)
+
+
 def test_checkpointed_layers_and_recurrent_layers():
     from torch.utils.checkpoint import checkpoint
 
@@ -413,6 +424,29 @@ def test_dropout_is_a_function_of_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[0], other[0])
     masks = [n for n in step.ops if n.target is torch.ops.opweave.dropout_mask.default]
     assert [n.args[1:] for n in masks] == [(0, 0.3, [8, 4, 1, 1]), (1, 0.5, [8, 16])]
+
+
+def test_checkpointed_dropout_drops_the_same_again():
+    from torch.utils.checkpoint import checkpoint
+
+    def layer(m, z):
+        return F.dropout(m.lin(F.dropout(z, 0.2)), 0.5).tanh()
+
+    x = x_of()
+    graphs = []
+    for run in (layer, lambda m, z: checkpoint(functools.partial(layer, m), z, use_reentrant=False)):
+        model = model_of(lambda m, x, run=run: (run(m, m.lin(x)) * run(m, x)).sum())
+        step = capture(model, x)
+        assert sum(n.target is torch.ops.opweave.dropout_mask.default for n in step.ops) == 4
+        graphs.append(interpret(step, inputs_of(step, model, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*graphs, strict=True))
+
+
+def test_capture_leaves_the_random_state():
+    model = model_of(lambda m, x: F.dropout(m.lin(x), 0.5).sum())
+    before = torch.get_rng_state()
+    capture(model, x_of())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_off_leaves_nothing():
@@ -502,6 +536,7 @@ ERRORS = {
     "shuffle": (lambda m, x: m.lin(x)[torch.randperm(8)].sum(), r"randperm draws random numbers .* pass them in the batch"),
     "resize": (lambda m, x: m.lin(x.clone().resize_(8, 16)).sum(), r"resize_ changes a tensor in place .* make a new tensor"),
     "expanded write": (_writes_to_expanded, r"an in-place write to a view made by expand cannot be captured; .*clone"),
+    "reference": (lambda m, x: (m.lin(x) @ m.kept[0]).sum(), r"lin.weight is used through a reference that bypasses its module"),
     "weights": (_changes_weights, r"parameter lin.weight is changed in place during the forward pass"),
     "detached": (lambda m, x: m.lin(x).detach().sum(), r"the loss does not depend on any parameter that requires a gradient"),
     "shape": (lambda m, x: m.lin(x), r"the loss has the shape \(8, 16\); it must be a scalar"),
@@ -522,7 +557,9 @@ def test_what_cannot_be_captured(name):
     function, text = ERRORS[name]
     modules = {"sub": nn.BatchNorm1d(16, momentum=None), "table": torch.randn(70_000)}
     with pytest.raises(CaptureError, match=text):
-        capture(model_of(function, **modules), x_of())
+        model = model_of(function, **modules)
+        model.kept = [model.lin.weight]
+        capture(model, x_of())
 
 
 def test_bad_models_batches_and_optimizers():
