@@ -228,9 +228,9 @@ class Pricer:
         matrix = self.prices.matrix(link.source_layouts, link.target_layouts, tensor_bytes(value)) * link.count
         target = link.target
         if target.kind == "read":
-            # An alias exists only where the kept tensor has that very layout.
+            # An alias exists exactly where the kept tensor has that very layout.
             same = np.array([[a == b for b in target.options] for a in link.source_layouts])
-            matrix = np.where(np.array(target.alias)[None, :] & ~same, _FORBIDDEN, matrix)
+            matrix = np.where(np.array(target.alias)[None, :] != same, _FORBIDDEN, matrix)
             own = self.graph.own_reads
             if own and link.source.kind == "input":
                 agree = np.array([[all(a[x] == b[x] for x in own) for b in target.options] for a in link.source_layouts])

@@ -40,7 +40,9 @@ class OpStrategy:
 
 
 def axis_codes(op: BoundOp, axis_size: int) -> list[int]:
-    """What one mesh axis of a given size can do with an op."""
+    """What one mesh axis of a given size can do with an op; an axis of one device does all of it."""
+    if axis_size == 1:
+        return [REPLICATED]
     used = {a for dims in (*op.operands, *(r for r in op.results if r is not None)) for a in dims}
     codes = [REPLICATED]
     codes += [a for a in range(len(op.sizes)) if a in used and op.flags[a] != "!" and op.sizes[a] % axis_size == 0]
@@ -101,7 +103,7 @@ def _result_code(op: BoundOp, atoms: tuple[int, ...], code: int) -> int:
 
 def value_layouts(atoms: tuple[int, ...], mesh: tuple[int, ...], allowed: AxisFilter | None = None) -> list[Layout]:
     """All layouts without partials of a tensor with these atoms (stored state)."""
-    per_axis = [[REPLICATED] + [a for a, size in enumerate(atoms) if size % n == 0] for n in mesh]
+    per_axis = [[REPLICATED] + [a for a, size in enumerate(atoms) if n > 1 and size % n == 0] for n in mesh]
     if allowed is not None:
         per_axis = [allowed(axis, codes) for axis, codes in enumerate(per_axis)]
     return _combinations(per_axis, atoms, mesh)
