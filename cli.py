@@ -403,6 +403,74 @@ def clusters(
 
 @app.command()
 @_reports_errors
+def simulate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
+    cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Price it for this cluster instead of the plan's.")] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write the timeline as Chrome/Perfetto trace JSON.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate one step of a plan, instruction by instruction: step time, streams, memory peak with its owners."""
+    from .cost_model.cluster import Cluster
+    from .cost_model.simulate import chrome_trace
+
+    made = _load_plan(plan_file)
+    spec = _source_of(made, str(plan_file))
+    where = Cluster.resolve(cluster or made.cluster["name"])
+    if where.num_devices != made.cluster.get("num_devices", where.num_devices):
+        raise ValueError(
+            f"the plan is for {made.cluster['num_devices']} devices, cluster {where.name!r} has {where.num_devices}; give one of that size"
+        )
+    with _busy(f"simulating {spec} on {where.name}"):
+        from .compiler.timeline import timeline_of_plan
+
+        recorded = made.model.get("batch")
+        built, example = _resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+        optimizer = _optimizer(made.model.get("optimizer", "adamw"), built)
+        line = timeline_of_plan(made, built, example, where, optimizer=optimizer)
+        result = line.simulate()
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace(line.instructions, result)))
+    _show_simulation(line, result, made, where, as_json)
+
+
+def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: bool) -> None:
+    from .cli_tables import bytes_text, cell, pairs_table, rows_table, seconds_text
+    from .cost_model.energy import step_joules, step_price
+    from .cost_model.simulate import seconds_per_class
+
+    classes = {k: v for k, v in sorted(seconds_per_class(line.instructions, result).items(), key=lambda pair: -pair[1]) if v > 0}
+    peaks = {pool: peak.num_bytes for pool, peak in result.peaks.items()}
+    owners = {pool: [{"owner": o, "bytes": n} for o, n in peak.owners[:10]] for pool, peak in result.peaks.items()}
+    report = {
+        "step_time_s": result.step_time_s,
+        "streams": result.busy_s,
+        "exposed_s": result.exposed_s,
+        "peak_bytes": peaks,
+        "owners": owners,
+        "classes": classes,
+        "num_instructions": len(line.instructions),
+        "planned_step_time_s": made.predicted["step_time_s"],
+        "joules": step_joules(where, result.step_time_s),
+        "price": step_price(where, result.step_time_s),
+    }
+    if as_json:
+        _print_json(report)
+        return
+    facts = {
+        "step": f"{seconds_text(result.step_time_s)} (the plan says {seconds_text(made.predicted['step_time_s'])})",
+        "busy": cell("_s", result.busy_s),
+        "exposed": cell("_s", result.exposed_s) or "none",
+        "peak": cell("bytes", peaks),
+        "energy": "-" if report["joules"] is None else f"{report['joules']:.3g} J",
+    }
+    _out.print(pairs_table(f"{len(line.instructions)} instructions on {where.name}", facts))
+    _out.print(rows_table("seconds by class", [{"class": k, "time": v} for k, v in classes.items()]))
+    for pool, rows in owners.items():
+        _out.print(rows_table(f"peak of {pool}: {bytes_text(peaks[pool])}", rows))
+
+
+@app.command()
+@_reports_errors
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The cluster file to write.")] = Path("cluster.json"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter runs.")] = False,

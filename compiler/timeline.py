@@ -1,0 +1,252 @@
+"""The lowered program on paper: every node as an instruction of `cost_model.simulate`, with its seconds, stream and buffers.
+
+Shapes come from running the local graph once on fake tensors. Compute runs in one stream and collectives in another; both use the
+device, the collectives as much of it as the cluster says cannot be hidden (`Cluster.overlap`). A value is freed at its last use, as the
+executor does; parameters, buffers and optimizer state stay.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..cost_model.cluster import Cluster
+from ..cost_model.collectives import collective_seconds
+from ..cost_model.kernels import work_seconds
+from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
+from ..cost_model.work import Work, op_work
+from ..runtime import collectives, update
+from ..runtime.program import STORED_KINDS, LocalProgram
+from ..torch_compat import FakeTensorMode, OpOverload
+from .analyse import analyse
+from .capture import capture
+from .lower import lower
+from .plan import Plan
+from .rule_table import op_name
+
+COLLECTIVES = "collectives"
+POOL = "device"
+
+
+@dataclass(slots=True)
+class _Started:
+    """A collective on its way: what `wait` gives, and what must live until then."""
+
+    result: Any
+    held: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class Timeline:
+    """A program ready to be simulated. resident: what is there before the step."""
+
+    instructions: list[Instruction]
+    resident: list[Buffer]
+
+    def simulate(self) -> Simulation:
+        """Step time, streams and peaks."""
+        return simulate(self.instructions, resident=self.resident)
+
+
+def timeline_of_plan(
+    plan: Plan, model: nn.Module, batch: Any, cluster: Cluster, *, optimizer: torch.optim.Optimizer | None = None, loss_fn: Any = None
+) -> Timeline:
+    """The timeline of a plan, the model captured and lowered anew. Raises PlanError where the plan is of another model or step."""
+    analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer))
+    plan.check(analysis.step)
+    name = type(optimizer).__name__ if optimizer is not None else ""
+    return timeline(lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=name), cluster)
+
+
+def timeline(program: LocalProgram, cluster: Cluster) -> Timeline:
+    """The program of one rank as instructions, priced for `cluster`."""
+    values = _fake_values(program)
+    return _Writer(program, cluster, values).write()
+
+
+# -- shapes ---------------------------------------------------------------------------------------------------------------
+
+
+def _fake_values(program: LocalProgram) -> dict[fx.Node, Any]:
+    """What every node yields, as fake tensors."""
+    values: dict[fx.Node, Any] = {}
+    ports = {port.name: port for port in program.inputs}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                port = ports.get(node.name)
+                shape = port.spec.local_shape() if port is not None and port.spec is not None else ()
+                values[node] = torch.empty(shape, dtype=port.dtype) if port is not None else (0,) * len(program.mesh)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+                values[node] = _fake_call(node.target, program.mesh, args, kwargs)
+    return values
+
+
+def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+    if target in _STARTS:
+        return _STARTS[target](math.prod(mesh[axis] for axis in args[1]), *args, **kwargs)
+    if target is collectives.wait:
+        return args[0].result
+    if target is update.fused_update:
+        params, _, states = args[:3]
+        return [*params, *(slot for slots in states for slot in slots)]
+    return target(*args, **kwargs)
+
+
+def _resized(x: torch.Tensor, dim: int, numerator: int, denominator: int) -> torch.Tensor:
+    shape = list(x.shape)
+    shape[dim] = shape[dim] * numerator // denominator
+    return x.new_empty(shape)
+
+
+def _all_to_all(n: int, x: torch.Tensor, axes: Any, split: int, _s: int, gather: int, _g: int) -> _Started:
+    return _Started(_resized(_resized(x, split, 1, n), gather, n, 1), [x])
+
+
+def _each(resize: Callable[[torch.Tensor, int], torch.Tensor], xs: list[torch.Tensor], dims: Iterable[int]) -> _Started:
+    return _Started([resize(x, dim) for x, dim in zip(xs, dims, strict=True)], list(xs))
+
+
+_STARTS: dict[Any, Callable[..., _Started]] = {
+    collectives.all_reduce: lambda n, x, *_: _Started(torch.empty_like(x), [x]),
+    collectives.all_gather: lambda n, x, axes, dim, outer: _Started(_resized(x, dim, n, 1), [x]),
+    collectives.reduce_scatter: lambda n, x, axes, dim, *_: _Started(_resized(x, dim, 1, n), [x]),
+    collectives.all_to_all: _all_to_all,
+    collectives.all_reduce_bucket: lambda n, xs, *_: _Started([torch.empty_like(x) for x in xs], list(xs)),
+    collectives.all_gather_bucket: lambda n, xs, axes, dims, outers: _each(lambda x, d: _resized(x, d, n, 1), xs, dims),
+    collectives.reduce_scatter_bucket: lambda n, xs, axes, dims, *_: _each(lambda x, d: _resized(x, d, 1, n), xs, dims),
+}
+
+
+# -- instructions ---------------------------------------------------------------------------------------------------------
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, _Started):
+        return [*_tensors(value.result), *value.held]
+    if isinstance(value, list | tuple):
+        return [t for part in value for t in _tensors(part)]
+    return []
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _storages(value: Any) -> dict[int, int]:
+    """Storage → bytes of all tensors of a value."""
+    return {StorageWeakRef(t.untyped_storage()).cdata: t.untyped_storage().nbytes() for t in _tensors(value)}
+
+
+class _Writer:
+    def __init__(self, program: LocalProgram, cluster: Cluster, values: dict[fx.Node, Any]) -> None:
+        self.program, self.cluster, self.values = program, cluster, values
+        self.storages = {node: _storages(value) for node, value in values.items()}
+        self.last_use = self._last_uses()
+        self.made_at: dict[fx.Node, int] = {}
+        self.live: set[int] = set()
+        self.instructions: list[Instruction] = []
+        self.links: dict[tuple[int, ...], Any] = {}
+
+    def write(self) -> Timeline:
+        resident = []
+        ports = {port.name: port for port in self.program.inputs}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name in ports:
+                resident += self._buffers(node, ports[node.name].kind)
+            elif node.op == "call_function":
+                self._instruction(node)
+        return Timeline(instructions=self.instructions, resident=resident)
+
+    def _last_uses(self) -> dict[int, fx.Node]:
+        """Storage → the node after which nothing refers to it; stored and returned ones are not in it."""
+        last: dict[int, fx.Node] = {}
+        for node in self.program.graph.nodes:
+            for user in (*node.all_input_nodes, node):
+                last.update(dict.fromkeys(self.storages.get(user, ()), node))
+        stored = {port.name for port in self.program.inputs if port.kind in STORED_KINDS}
+        for node in self.program.graph.nodes:
+            if (node.op == "placeholder" and node.name in stored) or node.op == "output":
+                for kept in (node, *node.all_input_nodes):
+                    for storage in self.storages.get(kept, ()):
+                        last.pop(storage, None)
+        return last
+
+    def _buffers(self, node: fx.Node, owner: str) -> list[Buffer]:
+        """Storages that appear with this node."""
+        fresh = {s: n for s, n in self.storages[node].items() if s not in self.live}
+        self.live.update(fresh)
+        return [Buffer(f"storage{s}", POOL, n, owner) for s, n in fresh.items()]
+
+    def _instruction(self, node: fx.Node) -> None:
+        waits = tuple(sorted({self.made_at[n] for n in node.all_input_nodes if n in self.made_at}))
+        freed = tuple(f"storage{s}" for used in (*node.all_input_nodes, node) for s in self._dying(used, node))
+        if node.target is operator.getitem and self.instructions:
+            self.made_at[node] = max(waits, default=len(self.instructions) - 1)
+            previous = self.instructions[-1]
+            self.instructions[-1] = previous._replace(frees=previous.frees + freed)
+            return
+        stream, seconds, op_class = self._price(node)
+        info = node.meta.get("op")
+        owner = getattr(info, "path", "") or node.name
+        share = 1.0 if stream == COMPUTE else 1.0 - self.cluster.overlap
+        self.made_at[node] = len(self.instructions)
+        self.instructions.append(
+            Instruction(node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class)
+        )
+
+    def _dying(self, value: fx.Node, now: fx.Node) -> list[int]:
+        found = [s for s in self.storages.get(value, ()) if self.last_use.get(s) is now and (s in self.live or value is now)]
+        for storage in found:
+            del self.last_use[storage]
+        return found
+
+    def _price(self, node: fx.Node) -> tuple[str, float, str]:
+        """(stream, seconds, class) of a node."""
+        target: Any = node.target
+        if target in _STARTS:
+            kind = target.__name__.removesuffix("_bucket")
+            return COLLECTIVES, self._collective_seconds(kind, node), kind
+        if target is collectives.wait:
+            return COMPUTE, 0.0, "wait"
+        work, dtype = self._work(node)
+        return COMPUTE, work_seconds(work, self.cluster.device, dtype), work.op_class
+
+    def _collective_seconds(self, kind: str, node: fx.Node) -> float:
+        axes: Any = node.args[1]
+        n = math.prod(self.program.mesh[axis] for axis in axes)
+        if axes not in self.links:
+            self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
+        whole = _num_bytes(self.values[node].held) * (n if kind in ("all_gather", "all_to_all") else 1)
+        return collective_seconds(kind, whole, n, self.links[axes])
+
+    def _work(self, node: fx.Node) -> tuple[Work, str]:
+        made = _tensors(self.values[node])
+        if node.target is update.fused_update:
+            params: Any = fx.map_arg(node.args[0], lambda n: self.values[n])
+            shapes = [tuple(p.shape) for p in params]
+            states = len(made) // max(1, len(params)) - 1
+            return op_work("opweave::update", shapes * (2 + states), shapes * (1 + states)), "float32"
+        used = [t for n in node.all_input_nodes for t in _tensors(self.values[n])]
+        if made and all(s in self._used_storages(node) for s in self.storages[node]):
+            return Work(0.0, 0.0, "view"), "float32"
+        plain = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, fx.Node)]
+        name = op_name(node) if isinstance(node.target, OpOverload) else "clone"
+        work = op_work(
+            name, [tuple(t.shape) for t in used], [tuple(t.shape) for t in made], plain,
+            [t.element_size() for t in used], [t.element_size() for t in made],
+        )  # fmt: skip
+        return work, str((made or used)[0].dtype).removeprefix("torch.") if made or used else "float32"
+
+    def _used_storages(self, node: fx.Node) -> set[int]:
+        return {s for n in node.all_input_nodes for s in self.storages.get(n, ())}
