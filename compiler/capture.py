@@ -25,7 +25,7 @@ from ..torch_compat import FakeTensorMode, quiet_fake_tensors
 from .capture_errors import CaptureError, line_of_error, place
 from .capture_experts import experts_as_one_op
 from .capture_record import Origin, Recorder
-from .capture_tree import map_tensors, split_extras
+from .capture_tree import batch_constants, map_tensors, split_extras
 from .optimizer_ops import OptimizerSpec, add_update, read_optimizer
 from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
 
@@ -132,6 +132,7 @@ class _Trace:
         self.fake = FakeTensorMode()
         self.recorder = Recorder(self.fake, {id(m): name for name, m in model.named_modules()}, _names_of_tensors(model))
         self.inputs: list[GraphInput] = []
+        self.batch_constants: dict[str, Any] = {}
         self.params: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         for fqn, param in model.named_parameters():
@@ -162,6 +163,7 @@ class _Trace:
     def add_batch(self, batch: Any) -> Any:
         """The batch with its tensors replaced by fake ones, each a placeholder."""
         count = len(self.inputs)
+        self.batch_constants = batch_constants(batch)
         faked = map_tensors(batch, lambda path, tensor: self._input("batch", path, tensor))
         if len(self.inputs) == count:
             raise CaptureError(
@@ -268,6 +270,7 @@ class _Trace:
             model_name=type(self.model).__name__,
             extra_spec=extra_spec,
             tied=_tied(self.model),
+            batch_constants=self.batch_constants,
         )
         step_graph.verify()
         return step_graph

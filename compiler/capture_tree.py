@@ -17,11 +17,14 @@ from ..torch_compat import tree_flatten, tree_unflatten
 Visit = Callable[[str, torch.Tensor], Any]
 
 
-def map_tensors(value: Any, visit: Visit, path: str = "") -> Any:
-    """A copy of `value` with every tensor replaced by `visit(path, tensor)`; paths are like "images.0"."""
+def map_tensors(value: Any, visit: Visit, path: str = "", constant: Callable[[str, Any], None] | None = None) -> Any:
+    """A copy of `value` with every tensor replaced by `visit(path, tensor)`; paths are like "images.0".
+
+    constant(path, leaf) is told of the leaves that are no tensors.
+    """
 
     def child(key: Any, item: Any) -> Any:
-        return map_tensors(item, visit, f"{path}.{key}" if path else str(key))
+        return map_tensors(item, visit, f"{path}.{key}" if path else str(key), constant)
 
     if isinstance(value, torch.Tensor):
         return visit(path or "batch", value)
@@ -35,6 +38,8 @@ def map_tensors(value: Any, visit: Visit, path: str = "") -> Any:
         return type(value)(*(child(name, item) for name, item in zip(value._fields, value, strict=True)))
     if isinstance(value, (tuple, list)):
         return type(value)(child(i, item) for i, item in enumerate(value))
+    if constant is not None:
+        constant(path or "batch", value)
     return value
 
 
@@ -55,6 +60,13 @@ def batch_tensors(batch: Any) -> dict[str, torch.Tensor]:
         return tensor
 
     map_tensors(batch, visit)
+    return found
+
+
+def batch_constants(batch: Any) -> dict[str, Any]:
+    """Path -> value of what is no tensor in a batch. A captured step has these built in: they must be the same at every step."""
+    found: dict[str, Any] = {}
+    map_tensors(batch, lambda _, tensor: tensor, constant=found.__setitem__)
     return found
 
 

@@ -75,6 +75,8 @@ class StepGraph:
     extra_spec: Any = None
     # Tied parameters: alias fqn -> fqn that owns the storage.
     tied: dict[str, str] = field(default_factory=dict)
+    # What is no tensor in the batch, by path: built into the graph, so other values need another graph.
+    batch_constants: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ops(self) -> list[fx.Node]:

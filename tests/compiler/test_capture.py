@@ -314,6 +314,10 @@ def test_tied_frozen_and_unused_parameters():
     assert {i.fqn for i in step.inputs if i.kind == "param"} == {k for k, _ in model.named_parameters()}
 
 
+def vars_of(value):
+    return vars(value) if dataclasses.is_dataclass(value) else {}
+
+
 @dataclasses.dataclass
 class DataBatch:
     x: torch.Tensor
@@ -337,6 +341,7 @@ def test_batches_of_all_kinds(batch, paths):
 
     step = assert_same_as_eager(model_of(None), batch, loss_fn)
     assert [i.fqn for i in step.inputs if i.kind == "batch"] == paths
+    assert step.batch_constants == ({"name": "a"} if isinstance(batch, dict) else {"factor": 3} if "factor" in vars_of(batch) else {})
 
 
 def test_extras_are_rebuilt():
@@ -560,6 +565,12 @@ def test_what_cannot_be_captured(name):
         model = model_of(function, **modules)
         model.kept = [model.lin.weight]
         capture(model, x_of())
+
+
+def test_autocast_of_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # as on a machine that has one
+    with pytest.raises(CaptureError, match=r'Model is called under torch.autocast\("cuda"\), .*pass `autocast=`'):
+        capture(model_of(lambda m, x: m.lin(x).sum()), x_of())
 
 
 def test_bad_models_batches_and_optimizers():
