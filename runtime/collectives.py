@@ -304,10 +304,14 @@ class NativeTransport:
 
 
 class Communicator:
-    """The collectives of one rank. Methods are the graph functions of the same name."""
+    """The collectives of one rank. Methods are the graph functions of the same name.
 
-    def __init__(self, groups: AxisGroups) -> None:
+    native: use the backend's own collectives; by default those of NCCL, and direct sends on gloo.
+    """
+
+    def __init__(self, groups: AxisGroups, *, native: bool | None = None) -> None:
         self.groups = groups
+        self._kind = NativeTransport if (groups.backend == "nccl" if native is None else native) else DirectTransport
         self._transports: dict[Axes, DirectTransport | NativeTransport | None] = {}
 
     def transport(self, axes: Axes) -> DirectTransport | NativeTransport | None:
@@ -315,8 +319,7 @@ class Communicator:
         key = tuple(axes)
         if key not in self._transports:
             group = self.groups.group(key)
-            kind = NativeTransport if self.groups.backend == "nccl" else DirectTransport
-            self._transports[key] = kind(group) if group.size > 1 else None
+            self._transports[key] = self._kind(group) if group.size > 1 else None
         return self._transports[key]
 
     def bindings(self) -> dict[Callable[..., Any], Callable[..., Any]]:
