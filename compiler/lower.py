@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import fx
 from ..runtime import collectives, update
 from ..runtime.program import LocalProgram, Port
 from ..runtime.sharding import ShardSpec
+from ..torch_compat import OpOverload
 from . import local_ops
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import PARTIAL_NAME, Layout, num_pieces, replicated, spec_of
@@ -56,8 +58,8 @@ class Emitter:
         self.collective_axes: set[tuple[int, ...]] = set()
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """One call."""
-        if "device" in kwargs and kwargs["device"] is not None:
+        """One call. Ops that make a tensor from none make it on the program's device."""
+        if kwargs.get("device") is not None or (_makes_tensor(target) and not any(isinstance(a, fx.Node) for a in args)):
             kwargs["device"] = torch.device(self.device)
         return self.graph.create_node("call_function", target, args, kwargs)
 
@@ -88,6 +90,11 @@ class Emitter:
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.mesh[a] for a in axes)
+
+
+@lru_cache(maxsize=4096)
+def _makes_tensor(target: Any) -> bool:
+    return isinstance(target, OpOverload) and any(a.name == "device" for a in target._schema.arguments)
 
 
 @dataclass(slots=True)

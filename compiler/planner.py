@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..cost_model.cluster import Cluster
+from ..runtime.dry_run import dry_run
+from ..runtime.memory import MemoryReport
 from .analyse import Analysis
 from .choices import ChoiceGraph, build_choices
 from .force import restriction
@@ -26,6 +28,9 @@ GAP = 1e-4
 """Plans are proven to within this share of the best possible predicted time."""
 
 
+_WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
+
+
 class DoesNotFitError(ValueError):
     """No plan stays within the memory limit."""
 
@@ -37,6 +42,7 @@ class Candidate:
     mesh: tuple[int, ...]
     priced: PricedProblem
     solution: Solution
+    limit: float
 
 
 def plan_step(
@@ -62,10 +68,49 @@ def plan_step(
             found.append(candidate)
     if not found:
         raise DoesNotFitError(_why_not(analysis, cluster, meshes, limit, refused))
-    best = min(found, key=lambda c: c.solution.objective)
-    plan = _record(analysis, cluster, best, found, force, times)
+    best, memory = _within(analysis, cluster, found, force, limit, time_limit_s, times)
+    plan = _record(analysis, cluster, best, found, force, times, memory)
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
     return plan
+
+
+def _within(
+    analysis: Analysis, cluster: Cluster, found: list[Candidate], force: str | None, limit: float, time_limit_s: float,
+    times: dict[str, float],
+) -> tuple[Candidate, MemoryReport]:  # fmt: skip
+    """The cheapest candidate whose *program* stays within the limit.
+
+    The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered program
+    does. Where it finds more than the limit, the problem is solved again with that much less.
+    """
+    todo = sorted(found, key=lambda c: c.solution.objective)
+    over = ""
+    for _ in range(_MAX_TRIES):
+        best = todo[0]
+        t0 = time.perf_counter()
+        report = _dry_run(analysis, best)
+        times["verify"] += time.perf_counter() - t0
+        if report.peak_bytes <= limit:
+            return best, report
+        over = f"mesh {'x'.join(map(str, best.mesh))} needs {report.peak_bytes:,} bytes at {report.at}"
+        tighter = best.limit - 1.05 * (report.peak_bytes - limit)
+        todo[0] = _solve(analysis, cluster, best.mesh, force, tighter, time_limit_s, times)
+        if todo[0].solution.status == "infeasible":
+            todo.pop(0)
+        if not todo:
+            break
+        todo.sort(key=lambda c: c.solution.objective)
+    raise DoesNotFitError(
+        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes; {over}. {_WAYS_OUT}"
+    )
+
+
+_MAX_TRIES = 8
+
+
+def _dry_run(analysis: Analysis, candidate: Candidate) -> MemoryReport:
+    assignment = to_assignment(candidate.priced.graph, [int(i) for i in candidate.solution.selection])
+    return dry_run(lower(analysis.step, analysis.factors, assignment, device="meta"))
 
 
 def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
@@ -91,25 +136,22 @@ def _solve(
     t3 = time.perf_counter()
     for name, seconds in (("strategies", t1 - t0), ("pricing", t2 - t1), ("solve", t3 - t2)):
         times[name] += seconds
-    return Candidate(mesh, priced, solution)
+    return Candidate(mesh, priced, solution, limit)
 
 
 def _record(
-    analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float]
-) -> Plan:
+    analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float],
+    memory: MemoryReport,
+) -> Plan:  # fmt: skip
     graph, solution, priced = best.priced.graph, best.solution, best.priced
     selection = [int(i) for i in solution.selection]
-    t0 = time.perf_counter()
-    assignment = to_assignment(graph, selection)
-    lower(analysis.step, analysis.factors, assignment)  # every op and layout change can be written
     names, counts = usual_names(graph, selection)
     decisions = decisions_of(graph, selection, priced.op_seconds, names)
-    times["verify"] += time.perf_counter() - t0
     step = analysis.step
     return Plan(
         model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
         cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
-        mesh=best.mesh, decisions=decisions, predicted=_predicted(priced, solution),
+        mesh=best.mesh, decisions=decisions, predicted=_predicted(priced, solution, memory),
         solver={
             "objective_s": solution.objective, "lower_bound_s": solution.lower_bound, "gap": solution.gap, "status": solution.status,
             "num_nodes": priced.problem.num_nodes, "num_edges": priced.problem.num_edges,
@@ -126,7 +168,7 @@ def num_parameters(graph: ChoiceGraph) -> int:
     return sum(int(n.meta["val"].numel()) for n, i in zip(placeholders, graph.step.inputs, strict=True) if i.kind == "param")
 
 
-def _predicted(priced: PricedProblem, solution: Solution) -> dict[str, Any]:
+def _predicted(priced: PricedProblem, solution: Solution, memory: MemoryReport) -> dict[str, Any]:
     evaluation = priced.problem.evaluate(solution.selection)
     compute = sum(float(priced.op_seconds[c.index][int(i)]) * len(c.members) for c, i in zip(priced.graph.choices, solution.selection, strict=True) if c.kind == "op")
     side = 0.0
@@ -137,7 +179,9 @@ def _predicted(priced: PricedProblem, solution: Solution) -> dict[str, Any]:
     return {
         "step_time_s": evaluation.objective,
         "streams": {"compute": compute, "collectives": critical - compute + side},
-        "peak_bytes": {pool: int(b) for pool, b in zip(priced.problem.pools, evaluation.peak_bytes, strict=True)},
+        "peak_bytes": {"device": memory.peak_bytes},
+        "peak_at": memory.at,
+        "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
     }
 
 
@@ -153,6 +197,5 @@ def _why_not(analysis: Analysis, cluster: Cluster, meshes: list[tuple[int, ...]]
         f"mesh {'x'.join(map(str, m))}: {s.reason}" for m, s in zip(meshes, refused, strict=False)
     )
     return (
-        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes. {reasons}. "
-        "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
+        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes. {reasons}. " + _WAYS_OUT
     )

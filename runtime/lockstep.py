@@ -139,21 +139,21 @@ class LockstepExecutor:
         functions = {request[0] for request in requests}
         assert len(functions) == 1, f"ranks stand at different collectives: {functions}"
         function = functions.pop()
-        value, options = _request(requests[0])
+        value, options = collective_request(requests[0])
         axes = options.pop("axes")
         groups = group_ranks(self.program.mesh, tuple(axes))
         if len(groups[0]) == 1:
-            return [_request(request)[0] for request in requests]
+            return [collective_request(request)[0] for request in requests]
         self.collectives.add(function.__name__, _num_bytes(value))
         answers: list[Any] = [None] * self.size
         for ranks in groups:
-            values = [_request(requests[rank])[0] for rank in ranks]
+            values = [collective_request(requests[rank])[0] for rank in ranks]
             for rank, answer in zip(ranks, DEFINITIONS[function](values, **options), strict=True):
                 answers[rank] = answer
         return answers
 
 
-def _request(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+def collective_request(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
     """The tensor(s) a collective works on, and its other arguments by name."""
     function, args, kwargs = request
     bound = _SIGNATURES[function].bind(*args, **kwargs)

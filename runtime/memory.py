@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..torch_compat import storage_identity
 from .collectives import Pending
 
 
@@ -62,8 +63,8 @@ class MemoryAccount:
         pointers = self.of_slot[slot] = []
         for tensor in _tensors(value):
             storage = tensor.untyped_storage()
-            pointer = storage.data_ptr()
-            if not pointer or pointer in pointers:
+            pointer = storage_identity(storage)  # not its address: tensors without data have none
+            if not storage.nbytes() or pointer in pointers:
                 continue
             block = self.live.get(pointer)
             if block is None:
