@@ -127,7 +127,7 @@ class Recorder(torch_compat.DispatchMode):
         """Within, `stack[-1]` is the path of the module whose forward runs."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            if torch.is_autocast_enabled("cuda"):
+            if id(module) in self._module_names and torch.is_autocast_enabled("cuda"):
                 raise CaptureError(
                     f'{type(module).__name__} is called under torch.autocast("cuda"), which a device-neutral capture cannot see; '
                     "take it away and pass `autocast=` with its dtype instead"
