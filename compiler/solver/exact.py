@@ -36,6 +36,7 @@ class ExactResult:
     objective: float
     lower_bound: float
     infeasible: bool
+    finished: bool = False  # solved to the asked gap
 
 
 @dataclass(slots=True)
@@ -158,7 +159,8 @@ class Mip:
             over = self.model.loads(x) - self.model.slot_limit
             if (over <= 0).all():
                 objective = self.model.objective(x)
-                return ExactResult(selection=x, objective=objective, lower_bound=min(bound, objective), infeasible=False)
+                finished = reason == result_pb2.TERMINATION_REASON_OPTIMAL
+                return ExactResult(selection=x, objective=objective, lower_bound=min(bound, objective), infeasible=False, finished=finished)
             self._cut(x, over)
 
     def _cut(self, x: np.ndarray, over: np.ndarray) -> None:

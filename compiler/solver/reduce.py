@@ -73,7 +73,7 @@ def _arc_consistency(node_off, cost, eu, ev, edge_off, mat, adj_off, adj_edge): 
                 cost[v0 + j] = np.inf
                 changed_v = True
         for side in range(2):
-            if side == 0 and not changed_u or side == 1 and not changed_v:
+            if (side == 0 and not changed_u) or (side == 1 and not changed_v):
                 continue
             n = u if side == 0 else v
             for k in range(adj_off[n], adj_off[n + 1]):

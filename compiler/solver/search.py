@@ -16,20 +16,20 @@ import numpy as np
 from .forest import clear_forest, energy, forest_energy, grow_forest, solve_forest
 from .memory import add_prices, fill_loads, load_change, prefix
 
+PRICE_FLOOR = 1e-4
+"""Prices never fall below this fraction of their mean, so that a slot which starts to bind late is noticed in time."""
+
 
 @numba.njit(cache=True, nogil=True)
-def anneal(steps, start, total, hot, cold, rate_hot, rate_cold, target, x, price, order, best, state, g, rows, s):  # type: ignore[no-untyped-def]
+def anneal(steps, start, total, hot, cold, rate, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
     """Steps ``start .. start + steps`` of a schedule of ``total``; ``state``: [best energy, last energy, last relative overload].
 
-    ``hot``/``cold``: noise at both ends; ``rate_*``: the prices' step; ``target``: fraction of each limit to aim for. ``best`` receives
-    the cheapest feasible selection met.
+    ``hot``/``cold``: noise at both ends; ``rate``: the prices' step. ``best`` receives the cheapest feasible selection met.
     """
     num, slots = len(x), len(price)
-    load, cum = np.empty(slots), np.empty(slots + 1)
+    load, cum, order = np.empty(slots), np.empty(slots + 1), np.arange(num)
     for k in range(start, start + steps):
-        done = k / total
-        noise = hot * (cold / hot) ** done if hot > 0 else 0.0
-        rate = rate_hot * (rate_cold / rate_hot) ** done
+        noise = hot * (cold / hot) ** (k / total) if hot > 0 else 0.0
         for i in range(num - 1, 0, -1):
             j = np.random.randint(0, i + 1)
             order[i], order[j] = order[j], order[i]
@@ -40,11 +40,11 @@ def anneal(steps, start, total, hot, cold, rate_hot, rate_cold, target, x, price
         solve_forest(count, x, noise, g, s)
         clear_forest(count, s)
         fill_loads(x, rows, load)
-        over = -np.inf
+        over, floor = 0.0, PRICE_FLOOR * price.sum() / max(slots, 1)
         for i in range(slots):
-            over = max(over, (load[i] - rows.limit[i]) / rows.scale[i])
-            gradient = min((load[i] - rows.limit[i] * target) / rows.scale[i], 1.0)
-            price[i] *= np.exp(rate * gradient)
+            gradient = (load[i] - rows.limit[i]) / rows.scale[i]
+            over = max(over, gradient)
+            price[i] = max(price[i] * np.exp(rate * min(max(gradient, -1.0), 1.0)), floor)
         state[1], state[2] = energy(x, g), over
         if over <= 0 and state[1] < state[0]:
             state[0] = state[1]

@@ -11,8 +11,12 @@ from typing import Literal
 import numpy as np
 
 from ..problem import SelectionProblem
-from .exact import Mip
 from .model import Model, from_problem
+from .presolve import presolve
+from .run import ROUNDING, Run, relative_gap
+from .substitute import drop_slots
+
+NOT_PROVEN = "not proven infeasible"
 
 Status = Literal["optimal", "feasible", "infeasible"]
 
@@ -58,6 +62,7 @@ def solve(
 ) -> Solution:
     """Best selection found within ``time_limit_s``, stopping early at a relative ``gap`` to the proven bound."""
     started = time.perf_counter()
+    problem.verify()
     empty = np.flatnonzero(problem.num_strategies == 0)
     if len(empty):
         return _infeasible(f"node {int(empty[0])} has no strategy", started)
@@ -65,35 +70,64 @@ def solve(
     reason = _least_memory(problem, model)
     if reason:
         return _infeasible(reason, started)
-    result = Mip(model).solve(started + time_limit_s, gap / 2, seed, work_limit)
-    if result.infeasible:
+    reduced = presolve(drop_slots(model))
+    if reduced.infeasible:
         return _infeasible(_why_infeasible(problem, model), started)
-    seconds = time.perf_counter() - started
-    if result.selection is None:
-        return _infeasible(f"no selection found within {time_limit_s:g} s (not proven infeasible)", started)
-    objective = problem.evaluate(result.selection).objective
-    bound = min(result.lower_bound, objective)
-    relative = (objective - bound) / max(abs(objective), 1e-300) if objective > bound else 0.0
-    point = HistoryPoint(seconds=seconds, objective=objective, lower_bound=bound)
-    if progress:
-        progress(point)
+    history = _History(started, progress)
+    run = Run(reduced.model, started + time_limit_s, gap, seed, _whole(problem), lambda: history.add(run.objective, run.bound))
+    run.execute(work_limit)
+    if run.infeasible:
+        return _infeasible(_why_infeasible(problem, model), started)
+    if run.x is None:
+        return _infeasible(f"no selection found within {time_limit_s:g} s ({NOT_PROVEN})", started, run.bound)
+    return _answer(problem, reduced.undo(run.x), run.bound, gap, history)
+
+
+def _answer(problem: SelectionProblem, selection: np.ndarray, bound: float, gap: float, history: _History) -> Solution:
+    check = problem.evaluate(selection)
+    assert check.feasible, f"the solver's answer is not feasible: {check.reason}"
+    bound = min(bound, check.objective)
+    relative = relative_gap(check.objective, bound)
     return Solution(
-        selection=result.selection,
-        objective=objective,
+        selection=selection,
+        objective=check.objective,
         lower_bound=bound,
         gap=relative,
-        status="optimal" if relative <= gap else "feasible",
+        status="optimal" if relative <= max(gap, ROUNDING) else "feasible",
         reason="",
-        seconds=seconds,
-        history=(point,),
+        seconds=time.perf_counter() - history.started,
+        history=tuple(history.points),
     )
 
 
-def _infeasible(reason: str, started: float) -> Solution:
+class _History:
+    """Collects improvements and passes them on."""
+
+    def __init__(self, started: float, progress: Progress | None) -> None:
+        self.started, self.progress = started, progress
+        self.points: list[HistoryPoint] = []
+
+    def add(self, objective: float, lower_bound: float) -> None:
+        seconds = time.perf_counter() - self.started
+        point = HistoryPoint(seconds=seconds, objective=objective, lower_bound=min(lower_bound, objective))
+        self.points.append(point)
+        if self.progress:
+            self.progress(point)
+
+
+def _whole(problem: SelectionProblem) -> bool:
+    """All costs that can be chosen are whole numbers, and no stream adds to them."""
+    if problem.streams:
+        return False
+    costs = (problem.node_cost, problem.edge_cost)
+    return all(bool(np.all(np.floor(c) == c)) for c in costs)
+
+
+def _infeasible(reason: str, started: float, bound: float = math.inf) -> Solution:
     return Solution(
         selection=np.zeros(0, dtype=np.int64),
         objective=math.inf,
-        lower_bound=math.inf if "not proven" not in reason else -math.inf,
+        lower_bound=bound,
         gap=math.inf,
         status="infeasible",
         reason=reason,

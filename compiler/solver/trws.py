@@ -1,9 +1,9 @@
 """Sequential tree-reweighted message passing (TRW-S): lower bounds and roundings of the pairwise part under prices.
 
-Dual: messages ``msg[h]`` from a node over half-edge ``h`` re-distribute costs between nodes and edges without changing the cost of any
-selection; after a backward pass the sum of all minima removed on the way is a lower bound of the local polytope's linear program that
-never decreases for fixed prices (V. Kolmogorov, "Convergent tree-reweighted message passing for energy minimization", PAMI 2006). Nodes are visited in
-index order; a node with ``f`` later and ``b`` earlier neighbours gives each edge the share ``1 / max(f, b)``.
+Dual: messages ``msg[h]`` from a node over half-edge ``h`` re-distribute costs between nodes and edges without changing the cost of
+any selection; after a backward pass the sum of all minima removed on the way is a lower bound of the local polytope's linear program
+that never decreases for fixed prices (V. Kolmogorov, "Convergent tree-reweighted message passing for energy minimization", PAMI 2006).
+Nodes are visited in index order; a node with ``f`` later and ``b`` earlier neighbours gives each edge the share ``1 / max(f, b)``.
 """
 
 from __future__ import annotations
@@ -115,3 +115,31 @@ def backward(unary, off, msg, g):  # type: ignore[no-untyped-def]
             if g.neighbor[h] < v:
                 bound += _send(h, size, share, off, msg, g, total, out)
     return bound
+
+
+@numba.njit(cache=True, nogil=True)
+def node_beliefs(unary, off, msg, g, x):  # type: ignore[no-untyped-def]
+    """A forward pass that also returns ``D[i] - min D`` of every node at its visit (see ``lagrange``: fixing)."""
+    excess = np.zeros(len(unary))
+    widest = 1
+    for v in range(len(g.node_off) - 1):
+        widest = max(widest, g.node_off[v + 1] - g.node_off[v])
+    total, out = np.empty(widest), np.empty(widest)
+    for v in range(len(g.node_off) - 1):
+        size = _gather(v, unary, off, msg, g, total)
+        lo, low = g.node_off[v], np.inf
+        later, earlier = 0, 0
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            if g.neighbor[h] > v:
+                later += 1
+            else:
+                earlier += 1
+        for i in range(size):
+            low = min(low, total[i])
+        for i in range(size):
+            excess[lo + i] = total[i] - low
+        share = 1.0 / max(later, earlier, 1)
+        for h in range(g.half_off[v], g.half_off[v + 1]):
+            if g.neighbor[h] > v:
+                _send(h, size, share, off, msg, g, total, out)
+    return excess

@@ -1,0 +1,231 @@
+"""The phases of one solve on the reduced model: quick start, exact where small, cycles of search beside dual ascent.
+
+Two threads at most: while one searches, the other raises the bound or searches too (the kernels release the interpreter lock). Rounds
+are synchronous, so the result depends on the seed and the number of rounds, not on how the threads were scheduled.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .exact import ExactResult, Mip
+from .forest import energy
+from .improve import Incumbent, Searcher
+from .lagrange import Dual
+from .model import Model
+from .presolve import presolve
+from .substitute import keep_strategies, substitute
+
+EXACT_ENTRIES = 150_000
+"""Finite edge entries up to which the whole remainder goes to the exact solver."""
+
+QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 150, 350, 250, 2500
+HOT = (0.1, 0.3, 0.03, 1.0, 0.1, 0.03)
+"""Starting noise of successive cycles, in units of energy per node."""
+
+ROUNDING = 2e-9
+"""Relative gaps below this are rounding errors of the bounds."""
+
+Report = Callable[[], None]
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    return max(0.0, objective - bound) / max(abs(objective), 1e-9)
+
+
+class Run:
+    """State of one solve: the best selection of ``model``, its objective and the proven bound."""
+
+    def __init__(self, model: Model, deadline: float, gap: float, seed: int, whole: bool, report: Report) -> None:
+        self.model, self.deadline, self.gap, self.seed = model, deadline, gap, seed
+        self.whole = whole  # all costs are integers: bounds can be rounded up
+        self.report = report
+        self.x: np.ndarray | None = None
+        self.objective, self.bound = math.inf, -math.inf
+        self.infeasible = False
+        self.settled = False  # the exact solver has finished: nothing more to find within the gap
+        self.best: Incumbent | None = None
+
+    def execute(self, work_limit: int | None) -> None:
+        if self.model.num_nodes == 0:
+            self.offer(np.zeros(0, dtype=np.int64))
+            self.raise_bound(self.objective, exact=True)
+            return
+        self.quick_start()
+        if self.done():
+            return
+        self.exact_phase()
+        if self.done() or self.infeasible:
+            return
+        self.improve(work_limit)
+
+    def done(self) -> bool:
+        closed = math.isfinite(self.objective) and relative_gap(self.objective, self.bound) <= max(self.gap, ROUNDING)
+        return closed or self.settled or time.perf_counter() >= self.deadline
+
+    def offer(self, x: np.ndarray) -> bool:
+        """Take ``x`` if it is feasible and better; report it."""
+        objective = self.model.objective(x)
+        if not objective < self.objective or (self.model.loads(x) > self.model.slot_limit).any():
+            return False
+        self.x, self.objective = x.copy(), objective
+        self.report()
+        return True
+
+    def raise_bound(self, bound: float, exact: bool = False) -> None:
+        """Take a better bound, less rounding error; whole-number problems round it up."""
+        if not exact:
+            bound -= 1e-9 * abs(bound)
+        if self.whole and math.isfinite(bound):
+            bound = math.ceil(bound - 1e-6)
+        if bound > self.bound:
+            self.bound = min(bound, self.objective)
+            self.report()
+
+    # ---- phases
+
+    def quick_start(self) -> None:
+        """Bounds without prices, then prices, and the first selections."""
+        self.dual = Dual(self.model)
+        self.dual.run_unpriced(10, self.deadline)
+        self.raise_bound(self.dual.bound)
+        magnitude = max(abs(float(energy(self.dual.x, self.dual.graph))), float(np.abs(self.dual.graph.cost).max(initial=0.0)) * 1e-3)
+        self.unit = max(magnitude, 1e-300) / self.model.num_nodes
+        self.searchers = [Searcher(self.dual.graph, self.dual.rows, self.seed * 2 + k, self.unit) for k in range(2)]
+        self.take(self.searchers[0].descend(Incumbent(self.dual.x, math.inf, self.dual.price), 4 * self.model.num_nodes, self.deadline))
+        if self.model.num_streams:
+            self.weigh_streams()
+        if self.done():
+            return
+        if self.model.num_slots:
+            self.dual.start_prices(magnitude)
+        self.dual.run(QUICK_ITERATIONS, self.deadline)
+        self.raise_bound(self.dual.bound)
+        self.unit = max((self.dual.bound - self.dual.offset) / self.model.num_nodes, self.unit)
+        for searcher in self.searchers:
+            searcher.unit = self.unit
+        start = Incumbent(self.dual.x, math.inf, self.dual.best_price)
+        self.take(self.searchers[0].descend(start, 4 * self.model.num_nodes, self.deadline))
+
+    def weigh_streams(self, rounds: int = 12) -> None:
+        """Multiplicative weights on the streams (and on "none of them"); keeps the dual with the best bound."""
+        num = self.model.num_streams
+        score, largest = np.zeros(num + 1), 1e-300
+        best = self.dual
+        for k in range(rounds):
+            weight = np.exp(score - score.max())
+            dual = Dual(self.model, (weight / weight.sum())[:num])
+            dual.run_unpriced(10, self.deadline)
+            self.raise_bound(dual.bound)
+            searcher = Searcher(dual.graph, dual.rows, self.seed + k, self.unit)
+            found = searcher.descend(Incumbent(dual.x, math.inf, dual.price), 2 * self.model.num_nodes, self.deadline)
+            if math.isfinite(found.energy):
+                self.offer(found.x)
+            if dual.bound > best.bound:
+                best = dual
+            loads = np.append(self.model.streams(dual.x), 0.0)
+            largest = max(largest, float(np.abs(loads).max()))
+            score += 2.0 / math.sqrt(k + 1) * loads / largest
+            if self.done():
+                break
+        self.dual = best
+        self.searchers = [Searcher(best.graph, best.rows, self.seed * 2 + k, self.unit) for k in range(2)]
+        self.best = None
+        if self.x is not None:
+            self.best = Incumbent(self.x.copy(), float(energy(self.x, best.graph)), best.price)
+
+    def take(self, found: Incumbent) -> bool:
+        """Keep a searcher's result for the next cycles; offer it as the answer."""
+        if not math.isfinite(found.energy):
+            return False
+        self.offer(found.x)
+        if self.best is None or found.energy < self.best.energy:
+            self.best = found
+            return True
+        return False
+
+    def exact_phase(self, share: float = 0.6) -> bool:
+        """Fix by bounds, reduce again, and solve exactly if what is left is small; True if that settled it."""
+        keep = np.isfinite(self.model.cost)
+        upper = math.inf
+        if math.isfinite(self.objective):
+            upper = self.objective - self.gap / 2 * abs(self.objective)
+            keep &= ~self.dual.needless(upper)
+            self.raise_bound(self.dual.bound)
+        if self.model.num_nodes and not np.logical_or.reduceat(keep, self.model.node_off[:-1]).all():
+            self._nothing_better(upper)
+            return True
+        fixed = keep_strategies(self.model.node_off, keep)
+        reduced = presolve(substitute(self.model, fixed))
+        if reduced.infeasible:
+            self._nothing_better(upper)
+            return True
+        if int(np.isfinite(reduced.model.edge_cost).sum()) > EXACT_ENTRIES:
+            return False
+        now = time.perf_counter()
+        limit = min(self.deadline - 0.05, now + share * (self.deadline - now))
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(self._solve_exactly, reduced.model, limit)
+            result = future.result()
+        if result.infeasible:
+            self._nothing_better(upper)
+            return True
+        if result.selection is not None:
+            x = fixed.undo(reduced.undo(result.selection))
+            self.offer(x)
+            start = Incumbent(x, float(energy(x, self.dual.graph)), self.dual.best_price)
+            self.take(self.searchers[0].descend(start, 4 * self.model.num_nodes, self.deadline))
+        self.raise_bound(min(result.lower_bound, upper))
+        self.settled = result.finished
+        return self.done()
+
+    def _solve_exactly(self, model: Model, limit: float) -> ExactResult:
+        if model.num_nodes == 0:
+            x = np.zeros(0, dtype=np.int64)
+            fits = bool((model.slot_limit >= 0).all())
+            value = model.objective(x) if fits else math.inf
+            return ExactResult(selection=x if fits else None, objective=value, lower_bound=value, infeasible=not fits, finished=True)
+        return Mip(model).solve(limit, self.gap / 4, self.seed)
+
+    def _nothing_better(self, upper: float) -> None:
+        """Nothing is below ``upper``: with a selection at hand that is a bound, without one the problem is infeasible."""
+        if math.isfinite(upper):
+            self.raise_bound(upper, exact=True)
+            self.settled = True
+        else:
+            self.infeasible = True
+
+    def improve(self, work_limit: int | None) -> None:
+        """Rounds of two jobs until the deadline, the gap or the work limit."""
+        a, b = self.searchers
+        quick = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            other = pool.submit(self.dual.run, SECOND_ITERATIONS, self.deadline)
+            self.take(a.cycle(quick, self.unit, 250, 15_000, self.deadline))
+            other.result()
+            self.raise_bound(self.dual.bound)
+            number = 0
+            while not self.done() and (work_limit is None or number < work_limit):
+                self._round(number, pool, a, b)
+                number += 1
+
+    def _round(self, number: int, pool: ThreadPoolExecutor, a: Searcher, b: Searcher) -> None:
+        fresh = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
+        ascend = number % 3 != 0 and self.dual.iterations < MOST_ITERATIONS
+        start = self.best if self.best is not None else fresh
+        hot = HOT[number % len(HOT)]
+        if ascend:
+            other = pool.submit(self.dual.run, ROUND_ITERATIONS, self.deadline)
+        else:
+            second = fresh if number < 6 else start
+            other = pool.submit(b.cycle, second, self.unit * HOT[(number + 3) % len(HOT)], 400, 40_000, self.deadline)
+        self.take(a.cycle(fresh if number == 0 else start, self.unit * hot, 400, 40_000, self.deadline))
+        result = other.result()
+        if result is not None:
+            self.take(result)
+        self.raise_bound(self.dual.bound)
