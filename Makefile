@@ -24,7 +24,7 @@ lint: $(READY)
 types: $(READY)
 	mkdir -p .mypy_cache/src
 	ln -sfn "$(CURDIR)" .mypy_cache/src/opweave
-	MYPYPATH=.mypy_cache/src $(BIN)/mypy -p opweave.cost_model -p opweave.runtime -p opweave.compiler -m opweave.cli -m opweave.torch_compat -m opweave.zoo -m opweave.calibration -m opweave
+	MYPYPATH=.mypy_cache/src $(BIN)/mypy -p opweave.cost_model -p opweave.runtime -p opweave.compiler -m opweave.cli -m opweave.torch_compat -m opweave.zoo -m opweave.calibration -m opweave.comparison -m opweave
 
 install: $(READY)
 

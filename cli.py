@@ -471,6 +471,53 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: boo
 
 @app.command()
 @_reports_errors
+def compare(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
+    cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Predict with this cluster instead of the plan's.")] = None,
+    profile: Annotated[Path | None, typer.Option("--profile", help="Read this recorded profile instead of running.")] = None,
+    record: Annotated[Path | None, typer.Option("--record", help="Write the profile of this run.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write corrections for `calibrate --from-profile`.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a plan here (under torchrun with as many ranks as it has) and print predicted against measured."""
+    from . import calibration, comparison
+    from .cost_model.cluster import Cluster
+
+    made = _load_plan(plan_file)
+    spec = _source_of(made, str(plan_file))
+    leads = calibration.join_job() == 0
+    where = Cluster.resolve(cluster or made.cluster["name"])
+    recorded = made.model.get("batch")
+    built, example = _resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+    given = comparison.Profile.from_dict(json.loads(profile.read_text())) if profile is not None else None
+    optimizer = _optimizer(made.model.get("optimizer", "adamw"), built)
+    report, found = comparison.compare(made, built, example, where, optimizer=optimizer, profile=given, steps=steps)
+    if not leads:
+        return
+    for path, data in ((record, found.to_dict()), (output, {"factors": report["factors"]})):
+        if path is not None:
+            path.write_text(json.dumps(data, indent=1))
+    _show_comparison(spec, report, as_json)
+
+
+def _show_comparison(spec: str, report: dict[str, Any], as_json: bool) -> None:
+    from .cli_tables import bytes_text, pairs_table, rows_table, seconds_text
+
+    if as_json:
+        _print_json(report)
+        return
+    predicted, measured = report["predicted"], report["measured"]
+    facts = {
+        "step": f"{seconds_text(predicted['step_time_s'])} / {seconds_text(measured['step_time_s'])} ({report['step_time_error']:+.0%})",
+        "peak": f"{bytes_text(predicted['peak_bytes'])} / {bytes_text(measured['peak_bytes'])} ({report['peak_error']:+.0%})",
+    }
+    _out.print(pairs_table(f"{spec}: predicted / measured", facts))
+    _out.print(rows_table("by class", report["rows"]))
+
+
+@app.command()
+@_reports_errors
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The cluster file to write.")] = Path("cluster.json"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter runs.")] = False,
