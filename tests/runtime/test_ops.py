@@ -122,6 +122,15 @@ def test_experts_in_two_halves_add_up():
         torch.testing.assert_close(torch.cat([g[i] for g in part_grads]), grads[i])
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_grouped_products_agree_with_the_loop(first):
+    x, idx, weights, gate_up, down = (t.detach() for t in experts(torch.float32))
+    gate_up, down, grad = gate_up[first : first + 2], down[first : first + 2], torch.randn(T, H)
+    args = (x, idx, weights, gate_up, down, "silu", first)
+    torch.testing.assert_close(moe._forward_grouped(*args), moe.forward(*args, E))
+    torch.testing.assert_close(moe._backward_grouped(grad, *args), moe.backward(grad, *args, E))
+
+
 def test_autograd_function_uses_the_backward_op():
     x, idx, weights, gate_up, down = experts(torch.float64)
     inputs = (x, weights, gate_up, down)
