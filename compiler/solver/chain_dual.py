@@ -1,0 +1,267 @@
+"""Prices on memory slots and weights on streams, raised to the best lower bound by cutting planes over message passing.
+
+Dual function
+    ``phi(p, w) = min_x [cost(x) + w . stream(x) + sum_k p_k (load_k(x) - limit_k)]`` over selections without forbidden entries, for slot
+    prices ``p >= 0`` and stream weights ``w >= 0`` with ``sum w <= 1``. For a feasible ``x`` the memory terms are not positive and
+    ``w . stream(x) <= max(0, max_s stream_s(x))``, so ``phi`` is a lower bound of the problem at every ``(p, w)``; message passing
+    bounds ``phi`` from below by any messages whatever, so its value is a lower bound too.
+Cutting planes
+    Every selection ``x`` bounds ``phi`` from above by a linear function of ``(p, w)``. The master program maximises the least of them
+    within a box that grows while it pays; the next trial point lies between its optimum and the best point so far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ortools.linear_solver import pywraplp
+
+from .graph import build_graph
+from .marginals import needless
+from .model import Model
+from .trws import backward, forward, new_messages
+
+SAFETY = 1e-12
+"""Rounding error of a sum of costs, relative to the sum of their magnitudes; taken off every bound."""
+
+STEP = 0.3
+FIRST_BOX = 0.02
+
+Offer = Callable[[np.ndarray, float], None]
+"""Receives a selection that fits memory and its objective."""
+
+
+@dataclass(slots=True)
+class Point:
+    """Prices per limit (cost units) of the slots in use, and weights of the streams."""
+
+    price: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(slots=True)
+class Cut:
+    """A selection as a linear function of prices and weights."""
+
+    cost: float
+    stream: np.ndarray  # float64[S]
+    over: np.ndarray  # float64[K]: (load - limit) / unit
+
+
+class Master:
+    """``max t`` with ``t <= cost + w . stream + p . over`` for every cut, ``0 <= p <= box * unit``, ``0 <= w <= box``, ``sum w <= 1``."""
+
+    def __init__(self, num_streams: int, unit: float) -> None:
+        self.solver = pywraplp.Solver.CreateSolver("GLOP")
+        self.free = pywraplp.Solver.infinity()
+        self.unit, self.box = unit, FIRST_BOX
+        self.top = self.solver.NumVar(-self.free, self.free, "")
+        self.solver.Maximize(self.top)
+        self.weight = [self.solver.NumVar(0.0, min(1.0, self.box), "") for _ in range(num_streams)]
+        together = self.solver.RowConstraint(-self.free, 1.0, "")
+        for w in self.weight:
+            together.SetCoefficient(w, 1.0)
+        self.slots: list[int] = []
+        self.price: list[pywraplp.Variable] = []
+        self.rows: list[pywraplp.Constraint] = []
+        self.cuts: list[Cut] = []
+
+    def add_slot(self, k: int) -> None:
+        price = self.solver.NumVar(0.0, self.box * self.unit, "")
+        for row, cut in zip(self.rows, self.cuts, strict=True):
+            row.SetCoefficient(price, -float(cut.over[k]))
+        self.slots.append(k)
+        self.price.append(price)
+
+    def add_cut(self, cut: Cut) -> None:
+        row = self.solver.RowConstraint(-self.free, cut.cost, "")
+        row.SetCoefficient(self.top, 1.0)
+        for w, seconds in zip(self.weight, cut.stream, strict=True):
+            row.SetCoefficient(w, -float(seconds))
+        for price, k in zip(self.price, self.slots, strict=True):
+            row.SetCoefficient(price, -float(cut.over[k]))
+        self.rows.append(row)
+        self.cuts.append(cut)
+
+    def widen(self, box: float) -> None:
+        self.box = box
+        for w in self.weight:
+            w.SetUb(min(1.0, box))
+        for price in self.price:
+            price.SetUb(box * self.unit)
+
+    def solve(self) -> tuple[float, Point, np.ndarray] | None:
+        """Best model value, where, and the weights of the cuts there (they add up to one)."""
+        if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
+            return None
+        price = np.array([v.solution_value() for v in self.price])
+        weight = np.array([v.solution_value() for v in self.weight])
+        mixture = np.array([row.dual_value() for row in self.rows])
+        return self.top.solution_value(), Point(np.maximum(price, 0.0), np.clip(weight, 0.0, 1.0)), mixture
+
+    def at_box(self, point: Point) -> bool:
+        edge = 0.999 * self.box
+        tight = self.box < 1.0 and bool((point.weight >= edge).any())
+        return tight or bool((point.price >= edge * self.unit).any())
+
+
+class Dual:
+    """The dual of one model: messages kept from trial to trial, the best point and its bound."""
+
+    def __init__(self, model: Model, offer: Offer, deadline: float) -> None:
+        self.model, self.offer, self.deadline = model, offer, deadline
+        self.graph = build_graph(model)
+        self.base = self.graph.matrix.copy()
+        self.streams = [_stream_matrix(model, s) for s in range(model.num_streams)]
+        self.msg_off, self.msg = new_messages(self.graph)
+        self.unit = np.ones(model.num_slots)
+        for pool in np.unique(model.slot_pool):
+            here = model.slot_pool == pool
+            self.unit[here] = max(float(model.slot_limit[here].max()), 1.0)
+        self.usage: list[np.ndarray] = []
+        self.slots: list[int] = []
+        self.bound, self.upper = -math.inf, math.inf
+        self.best = Point(np.zeros(0), np.zeros(model.num_streams))
+        magnitude = float(np.abs(self.graph.cost[np.isfinite(model.cost)]).sum())
+        self.magnitude = magnitude + float(np.abs(model.edge_cost[np.isfinite(model.edge_cost)]).max(initial=0.0)) * model.num_edges
+
+    def add_slot(self, k: int) -> None:
+        """Give slot ``k`` a price of its own, zero so far."""
+        m = self.model
+        usage = np.zeros(len(m.cost))
+        rows = np.flatnonzero((m.row_start <= k) & (m.row_end > k))
+        for r in rows:
+            at = m.node_off[m.row_node[r]]
+            usage[at : at + m.row_off[r + 1] - m.row_off[r]] += m.row_bytes[m.row_off[r] : m.row_off[r + 1]]
+        self.slots.append(k)
+        self.usage.append(usage / self.unit[k])
+
+    def price(self, point: Point) -> tuple[np.ndarray, float]:
+        """Node costs and constant under ``point``; sets the edge matrices."""
+        m = self.model
+        np.copyto(self.graph.matrix, self.base)
+        unary, constant = self.graph.cost.copy(), m.constant
+        for w, matrix, node, fixed in zip(point.weight, self.streams, m.node_stream, m.stream_constant, strict=True):
+            if w > 0:
+                np.add(self.graph.matrix, w * matrix, out=self.graph.matrix)
+                unary += w * node
+                constant += w * fixed
+        for p, usage, k in zip(point.price, self.usage, self.slots, strict=False):
+            if p > 0:
+                unary += p * usage
+                constant -= p * m.slot_limit[k] / self.unit[k]
+        return unary, float(constant)
+
+    def cut(self, x: np.ndarray) -> Cut:
+        """The cut of ``x``; offers ``x`` if it fits."""
+        m = self.model
+        over = m.loads(x) - m.slot_limit
+        stream = m.streams(x)
+        cost = float(m.constant + m.cost[m.node_off[:-1] + x].sum() + m.edge_cost[m.edge_entries(x)].sum())
+        objective = cost + max(0.0, float(stream.max(initial=0.0)))
+        if objective < self.upper and not (over > 0).any():
+            self.upper = objective
+            self.offer(x, objective)
+        return Cut(cost, stream, over / self.unit)
+
+    def trial(self, point: Point, rounds: int, tolerance: float) -> tuple[float, float, Cut]:
+        """Bound at ``point``, the value of the best selection met there, and its cut."""
+        unary, constant = self.price(point)
+        x = np.zeros(self.model.num_nodes, dtype=np.int64)
+        bound, value, best, last = -math.inf, math.inf, None, -math.inf
+        for i in range(rounds):
+            forward(unary, self.msg_off, self.msg, self.graph, x)
+            cut = self.cut(x)
+            here = cut.cost + float(point.weight @ cut.stream) + self._priced(point, cut)
+            if best is None or here < value:
+                value, best = here, cut
+            bound = max(bound, self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point))
+            if bound > self.bound:
+                self.bound, self.best = bound, point
+            if value - bound <= 1e-9 * abs(bound) or self.upper - bound <= tolerance or time.perf_counter() > self.deadline:
+                break
+            if i % 4 == 3:
+                if bound - last <= 0.2 * tolerance:
+                    break
+                last = bound
+        assert best is not None, "at least one round"
+        return bound, value, best
+
+    def _priced(self, point: Point, cut: Cut) -> float:
+        return sum(float(p * cut.over[k]) for p, k in zip(point.price, self.slots, strict=False))
+
+    def _safe(self, bound: float, point: Point) -> float:
+        return bound - SAFETY * (abs(bound) + float(point.price.sum()) + abs(self.model.constant))
+
+    def ascend(self, gap: float, trials: int) -> bool:
+        """Raise the bound until it meets the best selection (relative ``gap``), nothing is gained, or ``trials``."""
+        _, value, cut = self.trial(Point(np.zeros(len(self.slots)), np.zeros(self.model.num_streams)), 150, 0.05 * gap * self._scale())
+        master = Master(self.model.num_streams, max(abs(value), 1e-300))
+        master.add_cut(cut)
+        mixed, history = cut.over, [self.bound]
+        for _ in range(trials):
+            if self._met(gap) or time.perf_counter() > self.deadline:
+                return True
+            for over in (master.cuts[-1].over, mixed):
+                self._take_slot(master, over)
+            answer = master.solve()
+            if answer is None:
+                return False
+            top, goal, weights = answer
+            grow = master.at_box(goal)
+            if not grow and top - self.bound <= 0.1 * gap * abs(top):
+                break
+            mixed = sum((w * c.over for w, c in zip(weights, master.cuts, strict=True) if w > 1e-9), np.zeros(self.model.num_slots))
+            before = self.bound
+            _, _, cut = self.trial(_between(self.best, goal, STEP), 12, 0.1 * gap * self._scale())
+            master.add_cut(cut)
+            if grow and self.bound > before or grow and self.upper == math.inf:
+                master.widen(4.0 * master.box)
+            history.append(self.bound)
+            if len(history) > 16 and history[-1] - history[-12] <= 0.02 * (min(self.upper, top) - self.bound) and self.upper < math.inf:
+                break
+        return self._met(gap)
+
+    def _scale(self) -> float:
+        return abs(self.upper) if self.upper < math.inf else abs(self.bound) if self.bound > -math.inf else 0.0
+
+    def _met(self, gap: float) -> bool:
+        return self.upper - self.bound <= gap * abs(self.upper) if self.upper < math.inf else False
+
+    def _take_slot(self, master: Master, over: np.ndarray) -> None:
+        if len(over) == 0:
+            return
+        k = int(over.argmax())
+        if over[k] > 1e-7 and k not in self.slots:
+            self.add_slot(k)
+            master.add_slot(k)
+
+    def forbid(self, points: list[Point], upper: float) -> Model:
+        """The model without the strategies and pairs that no selection below ``upper`` uses."""
+        nodes, pairs = np.zeros(len(self.model.cost), dtype=bool), np.zeros(len(self.base), dtype=bool)
+        room = upper + 1e-9 * abs(upper)
+        for point in points:
+            self.trial(point, 12, 1e-3 * (abs(upper - self.bound)))
+            unary, constant = self.price(point)
+            bound = self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point)
+            needless(room - bound, unary, self.msg_off, self.msg, self.graph, nodes, pairs)
+        m = self.model
+        result = replace(m, cost=np.where(nodes, np.inf, m.cost), edge_cost=m.edge_cost.copy())
+        halves = np.flatnonzero(self.graph.neighbor > np.repeat(np.arange(m.num_nodes), np.diff(self.graph.half_off)))
+        for e, h in zip(np.argsort(m.edge_u, kind="stable"), halves, strict=True):
+            a, b = m.edge_off[e], m.edge_off[e + 1]
+            result.edge_cost[a:b][pairs[self.graph.at[h] : self.graph.at[h] + b - a]] = np.inf
+        return result
+
+
+def _stream_matrix(model: Model, s: int) -> np.ndarray:
+    return build_graph(replace(model, cost=np.zeros_like(model.cost), edge_cost=model.edge_stream[s])).matrix
+
+
+def _between(a: Point, b: Point, step: float) -> Point:
+    start = np.concatenate([a.price, np.zeros(len(b.price) - len(a.price))])
+    return Point(start + step * (b.price - start), a.weight + step * (b.weight - a.weight))

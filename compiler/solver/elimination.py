@@ -1,0 +1,143 @@
+"""Problems of the planner: long, narrow graphs with a few binding memory slots and streams, solved to proof.
+
+Statement
+    The problem of ``problem.py`` in the form of ``model.py``. Any lower bound of ``chain_dual`` holds for it, and a selection that costs
+    less than ``upper`` uses no strategy or pair whose exclusive bound is ``upper`` or more (``marginals``), so forbidding those keeps
+    all selections better than the best one known.
+Rounds
+    1. raise the bound by prices and weights; selections met on the way that fit are candidates;
+    2. forbid what no better selection uses, reduce (``presolve``), which also moves loads and costs that are now fixed into constants;
+    3. a small remainder goes to the exact solver: if it has nothing better, the best one known is optimal.
+    Each round starts from a smaller model, so its bound is at least as good; a round that gains nothing ends the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..problem import SelectionProblem
+from .chain_dual import Dual, Point
+from .exact import Mip
+from .model import Model, from_problem
+from .presolve import Reduced, presolve
+from .substitute import drop_slots
+
+if TYPE_CHECKING:
+    from .solve import Solution
+
+MOST_NODES, MOST_ENTRIES = 6_000, 6_000_000
+EXACT_ENTRIES = 12_000
+"""Finite edge entries up to which the remainder goes to the exact solver."""
+
+WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Stream weights at which strategies are tested besides the best point: what loads a stream far too much shows at high ones."""
+
+
+class Structured:
+    """One solve. ``x`` is in terms of ``model``."""
+
+    def __init__(self, model: Model, deadline: float, gap: float, seed: int) -> None:
+        self.model, self.deadline, self.gap, self.seed = model, deadline, gap, seed
+        self.reduced = Reduced(model)
+        self.x: np.ndarray | None = None
+        self.objective, self.bound = math.inf, -math.inf
+        self.infeasible = False
+
+    def run(self) -> None:
+        if not self._reduce(drop_slots(self.model)):
+            return
+        while not self.done():
+            size = len(self.reduced.model.edge_cost)
+            dual = self._raise()
+            if self.done() or not self._shrink(dual):
+                return
+            left = self.reduced.model
+            if np.isfinite(left.edge_cost).sum() <= EXACT_ENTRIES:
+                self._exact()
+                return
+            if len(left.edge_cost) > 0.95 * size:
+                return
+
+    def done(self) -> bool:
+        met = self.objective - self.bound <= self.gap * abs(self.objective) if self.objective < math.inf else False
+        return met or time.perf_counter() > self.deadline
+
+    def _offer(self, x: np.ndarray, objective: float) -> None:
+        if objective < self.objective:
+            self.objective, self.x = objective, self.reduced.undo(x.copy())
+
+    def _reduce(self, model: Model) -> bool:
+        """Reduce ``model`` and make it current; False if that decided the problem."""
+        more = presolve(model)
+        self.reduced = Reduced(more.model, self.reduced.steps + more.steps, more.infeasible)
+        if more.infeasible or (more.model.slot_limit < 0).any():
+            self.infeasible = self.x is None
+            self.bound = self.objective
+            return False
+        if more.model.num_nodes == 0:
+            x = np.zeros(0, dtype=np.int64)
+            self._offer(x, more.model.objective(x))
+            self.bound = self.objective
+            return False
+        return True
+
+    def _raise(self) -> Dual:
+        dual = Dual(self.reduced.model, self._offer, self.deadline)
+        dual.upper = self.objective
+        dual.ascend(0.5 * self.gap, 60)
+        self.bound = max(self.bound, min(dual.bound, self.objective))
+        return dual
+
+    def _shrink(self, dual: Dual) -> bool:
+        if self.objective == math.inf:
+            return True
+        points = [dual.best]
+        for s in range(self.reduced.model.num_streams):
+            points += [Point(dual.best.price, _unit(self.reduced.model.num_streams, s) * w) for w in WEIGHTS]
+        return self._reduce(dual.forbid(points, self.objective))
+
+    def _exact(self) -> None:
+        result = Mip(self.reduced.model).solve(self.deadline, 0.5 * self.gap, self.seed)
+        if result.infeasible:
+            self.infeasible = self.x is None
+            self.bound = self.objective
+            return
+        if result.selection is not None:
+            self._offer(result.selection, result.objective)
+        self.bound = max(self.bound, min(result.lower_bound, self.objective))
+
+
+def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, gap: float = 1e-4, seed: int = 0) -> Solution | None:
+    """A solution with its bound, or None if the problem is not of this kind or nothing was found and nothing proven."""
+    from .solve import Solution
+
+    started = time.perf_counter()
+    if problem.num_nodes > MOST_NODES or len(problem.edge_cost) > MOST_ENTRIES or (problem.num_strategies == 0).any():
+        return None
+    run = Structured(from_problem(problem), started + time_limit_s, gap, seed)
+    run.run()
+    if run.x is None:
+        return None
+    score = problem.evaluate(run.x)
+    assert score.feasible, f"the selection does not hold: {score.reason}"
+    bound = min(run.bound, score.objective)
+    relative = (score.objective - bound) / max(abs(score.objective), 1e-300) if score.objective > bound else 0.0
+    return Solution(
+        selection=run.x,
+        objective=score.objective,
+        lower_bound=bound,
+        gap=relative,
+        status="optimal" if relative <= gap else "feasible",
+        reason="",
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _unit(size: int, at: int) -> np.ndarray:
+    out = np.zeros(size)
+    out[at] = 1.0
+    return out
