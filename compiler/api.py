@@ -1,14 +1,15 @@
 """The pipeline on one screen: model + batch → StepGraph → Analysis → Plan → LocalProgram → running step.
 
-    capture     compiler/capture.py    model, batch              → StepGraph
-    analyse     compiler/analyse.py    StepGraph                 → Analysis (rules, factors)
-    plan_step   compiler/planner.py    Analysis, Cluster         → Plan (choices, prices, solver)
-    lower       compiler/lower.py      Analysis, Assignment      → LocalProgram
-    execute     runtime/execute.py     LocalProgram, state       → loss
+capture     compiler/capture.py    model, batch              → StepGraph
+analyse     compiler/analyse.py    StepGraph                 → Analysis (rules, factors)
+plan_step   compiler/planner.py    Analysis, Cluster         → Plan (choices, prices, solver)
+lower       compiler/lower.py      Analysis, Assignment      → LocalProgram
+execute     runtime/execute.py     LocalProgram, state       → loss
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,22 +41,26 @@ def compile(
     mesh: tuple[int, ...] | None = None,
     force: str | None = None,
     memory_limit: float | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | None = None,
+    keep_model: bool = True,
 ) -> TrainingStep:
     """Make `model` a planned training step: `step = compile(model, cluster, optimizer=...)`, then `loss = step(batch)`.
 
     cluster: a Cluster, the name of a preset or a file (default: this machine, one device per rank). optimizer: torch's SGD, Adam or
     AdamW. loss_fn(model, batch): the loss, or (loss, extras...); default: the model's own. clip_grad_norm: max_norm. autocast: dtype of the
     forward pass. mesh: devices per mesh axis (default: the planner chooses). force: an expert's recipe ("ddp", "zero3", "megatron",
-    ...; see `compiler.force`). memory_limit: bytes per device. plan: run this plan instead of making one. seed: of dropout.
+    ...; see `compiler.force`). memory_limit: bytes per device. plan: run this plan (or the one in this file) instead of making one.
+    seed: of dropout. keep_model: the model's own tensors stay as they are until `to_model()`; with False the step takes them over,
+    which saves a copy of the parameters: those a rank holds whole train in place, the others are empty until `to_model()`.
 
     Raises ValueError (or a named subclass) for what the user can mend; the text says how.
     """
+    loaded = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
     options = StepOptions(
         loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast, mesh=mesh, force=force,
-        memory_limit=memory_limit, plan=plan, seed=seed, device=device,
+        memory_limit=memory_limit, plan=loaded, seed=seed, device=device, cluster_given=cluster is not None, keep_model=keep_model,
     )  # fmt: skip
     return TrainingStep(model, resolve_cluster(cluster), options, _make)
 
@@ -87,7 +92,7 @@ def _make(step: TrainingStep, batch: Any) -> None:
     analysis, seconds = _analysed(step.model, batch, o.loss_fn, o.optimizer, o.clip_grad_norm, o.autocast)
     made = o.plan
     if made is not None:
-        made.check(analysis.step)
+        made.check(analysis.step, step.cluster if o.cluster_given else None)
     else:
         made = plan_step(
             analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, time_limit_s=o.time_limit_s, capture_s=seconds
@@ -109,4 +114,8 @@ def resolve_cluster(cluster: Cluster | str | None) -> Cluster:
     """A cluster from itself, a preset's name, a file, or this machine."""
     if cluster is None:
         return Cluster.detect()
-    return Cluster.resolve(cluster) if isinstance(cluster, str) else cluster
+    if isinstance(cluster, (str, os.PathLike)):
+        return Cluster.resolve(os.fspath(cluster))
+    if not isinstance(cluster, Cluster):
+        raise ValueError(f"cluster is {cluster!r}; give a Cluster, the name of a preset, or the path of a cluster file")
+    return cluster

@@ -54,4 +54,12 @@ def _values(node: fx.Node) -> list:  # type: ignore[type-arg]
 
 def input_key(info: GraphInput, node: fx.Node, factors: FactorMap) -> Hashable:
     """The class of a stored tensor: parameters of equal layers share their layout."""
-    return (info.kind, normalise(info.fqn), info.slot, factors.dims(node), str(node.meta["val"].dtype), node.meta["val"].requires_grad, info.group)
+    return (
+        info.kind,
+        normalise(info.fqn),
+        info.slot,
+        factors.dims(node),
+        str(node.meta["val"].dtype),
+        node.meta["val"].requires_grad,
+        info.group,
+    )

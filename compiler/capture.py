@@ -56,6 +56,10 @@ def capture(
     Raises CaptureError for what cannot be captured, naming module, line and way out; ValueError for an unknown optimizer.
     """
     _check_model(model)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast is {autocast!r}; give torch.bfloat16 or torch.float16 (or None for no autocast)")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm is {clip_grad_norm}; give the largest norm of the gradients, a number above 0")
     spec = read_optimizer(optimizer, model) if optimizer is not None else None
     trace = _Trace(model, spec)
     batch = trace.add_batch(batch)

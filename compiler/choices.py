@@ -128,9 +128,8 @@ class ChoiceBuilder:
         self._links: dict[Hashable, Link] = {}
         self._update_ops: set[fx.Node] = set()
         self._readers = readers_by_value(step)
-        self._inputs: dict[fx.Node, GraphInput] = {
-            n: i for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True)
-        }
+        placeholders = (n for n in step.graph.nodes if n.op == "placeholder")
+        self._inputs: dict[fx.Node, GraphInput] = dict(zip(placeholders, step.inputs, strict=True))
 
     def build(self) -> ChoiceGraph:
         """All choices, then all links."""
@@ -310,8 +309,6 @@ class ChoiceBuilder:
             self._link(update, stored, made, stored.options, result_values(op)[0] or param, side=True, tag="write")
 
 
-def build_choices(
-    step: StepGraph, factors: FactorMap, mesh: tuple[int, ...], restriction: Restriction | None = None
-) -> ChoiceGraph:
+def build_choices(step: StepGraph, factors: FactorMap, mesh: tuple[int, ...], restriction: Restriction | None = None) -> ChoiceGraph:
     """The choice graph of a step on a mesh (see the module docstring)."""
     return ChoiceBuilder(step, factors, mesh, restriction).build()

@@ -141,36 +141,35 @@ class FactorMap:
         letters: dict[str, int] = {}
         known = dict(rule.sizes)
         pending: list[tuple[int, tuple[str, ...]]] = []
-        view_sides: list[tuple[list[int], list[int]]] = []
         tensors = self._tensors(node, rule)
-        for side, dims, value in tensors:
+        for dims, value in tensors:
             for letters_of_dim, cls in zip(dims, self._dims[value], strict=True):
                 self._tie_dim(node, rule, letters_of_dim, cls, letters, pending, known)
         self._solve_products(node, rule, pending, known, letters)
         if rule.view:
-            view_sides = _match_view([self._dims[v] for _, _, v in tensors[:1]][0], self._dims[tensors[1][2]], self._classes.size)
-            for a, b in view_sides:
+            sides = _match_view(self._dims[tensors[0][1]], self._dims[tensors[1][1]], self._classes.size)
+            for a, b in sides:
                 if len(a) == 1 and len(b) == 1:
                     self._classes.union(a[0], b[0])
                 else:
                     self._constraints.append((tuple(a), tuple(b)))
         return letters
 
-    def _tensors(self, node: fx.Node, rule: Rule) -> list[tuple[str, TensorDims, fx.Node]]:
+    def _tensors(self, node: fx.Node, rule: Rule) -> list[tuple[TensorDims, fx.Node]]:
         args = tensor_args(node)
         if len(args) != len(rule.operands):
             raise RuleError(f"{node.target} has {len(args)} tensor operands, its rule '{rule}' describes {len(rule.operands)}")
         out = []
         for dims, value in zip(rule.operands, args, strict=True):
             self._check_rank(node, rule, dims, value.meta["val"])
-            out.append(("operand", dims, value))
+            out.append((dims, value))
         values = result_values(node)
         if len(rule.results) < len(values):
             raise RuleError(f"{node.target} has {len(values)} results, its rule '{rule}' describes {len(rule.results)}")
         for dims, result in zip(rule.results, values, strict=False):
             if result is not None:
                 self._check_rank(node, rule, dims, result.meta["val"])
-                out.append(("result", dims, result))
+                out.append((dims, result))
         return out
 
     def _check_rank(self, node: fx.Node, rule: Rule, dims: TensorDims, val: torch.Tensor) -> None:
@@ -199,7 +198,9 @@ class FactorMap:
             unknown = [n for n in names if n not in known]
             rest = math.prod(known[n] for n in names if n in known)
             if len(unknown) > 1 or size % max(rest, 1):
-                raise RuleError(f"the sizes of ({' '.join(names)}) = {size} in rule '{rule}' of {node.target} do not follow from its operands")
+                raise RuleError(
+                    f"the sizes of ({' '.join(names)}) = {size} in rule '{rule}' of {node.target} do not follow from its operands"
+                )
             if unknown:
                 known[unknown[0]] = size // rest
             if math.prod(known[n] for n in names) != size:
@@ -269,9 +270,7 @@ class FactorMap:
 
     def class_ids(self, value: fx.Node) -> tuple[int, ...]:
         """For each atom of a value the id of its quantity: equal ids are the same thing anywhere in the graph (the batch, say)."""
-        return tuple(
-            self.atom_root(self._classes.find(c) * 64 + i) for c in self._dims[value] for i in range(len(self._factors(c)))
-        )
+        return tuple(self.atom_root(self._classes.find(c) * 64 + i) for c in self._dims[value] for i in range(len(self._factors(c))))
 
     def splits(self, value: fx.Node) -> tuple[tuple[int, int], ...]:
         """For each atom of a value its (dim, factor index), as `ShardSpec` names it."""
@@ -320,8 +319,13 @@ class FactorMap:
         if bad:
             return self._opaque(node)
         return BoundOp(
-            sizes=tuple(sizes), flags=tuple(flags), names=tuple(names), operands=operands, results=results,
-            linear=_passes(node, rule), reduce=rule.reduce,
+            sizes=tuple(sizes),
+            flags=tuple(flags),
+            names=tuple(names),
+            operands=operands,
+            results=results,
+            linear=_passes(node, rule),
+            reduce=rule.reduce,
         )
 
     def _bind_view(self, node: fx.Node, rule: Rule) -> BoundOp:
@@ -331,8 +335,13 @@ class FactorMap:
             return self._opaque(node)
         every = tuple(range(len(a)))
         return BoundOp(
-            sizes=a, flags=("",) * len(a), names=tuple(f"v{i}" for i in every), operands=(every,), results=(every,),
-            linear=_passes(node, rule), reduce="sum",
+            sizes=a,
+            flags=("",) * len(a),
+            names=tuple(f"v{i}" for i in every),
+            operands=(every,),
+            results=(every,),
+            linear=_passes(node, rule),
+            reduce="sum",
         )
 
     def _opaque(self, node: fx.Node) -> BoundOp:
@@ -348,8 +357,14 @@ class FactorMap:
         if not results and results_of(node):
             results = (None,) * len(results_of(node))
         return BoundOp(
-            sizes=tuple(sizes), flags=("!",) * len(sizes), names=tuple(f"x{i}" for i in range(len(sizes))),
-            operands=operands, results=results, linear=(), reduce="sum", opaque=True,
+            sizes=tuple(sizes),
+            flags=("!",) * len(sizes),
+            names=tuple(f"x{i}" for i in range(len(sizes))),
+            operands=operands,
+            results=results,
+            linear=(),
+            reduce="sum",
+            opaque=True,
         )
 
 

@@ -1,8 +1,8 @@
 """Forced plans: the experts' recipes as restrictions of the choice graph, per mesh axis.
 
 A recipe says what one mesh axis may do; "a+b" gives axis 0 recipe a and axis 1 recipe b; a single name is used on all axes, except that
-the tensor-parallel recipes take the last axis (the fastest links) and leave the others to data parallelism. Within what is left the solver still
-picks the cheapest plan, so a recipe is as good as its expert.
+the tensor-parallel recipes take the last axis (the fastest links) and leave the others to data parallelism. Within what is left the
+solver still picks the cheapest plan, so a recipe is as good as its expert.
 
     ddp          ops split the batch; parameters, gradients and optimizer state whole on every device
     zero1        ddp, with optimizer state split
@@ -16,6 +16,7 @@ picks the cheapest plan, so a recipe is as good as its expert.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class Quantities:
 
     batch: frozenset[int]
     sequence: frozenset[int]
+    batch_size: int = 0
 
 
 def quantities(step: StepGraph, factors: FactorMap) -> Quantities:
@@ -57,7 +59,7 @@ def quantities(step: StepGraph, factors: FactorMap) -> Quantities:
                 batch.add(atom)
             elif dim == 1 and not n.meta["val"].is_floating_point():
                 sequence.add(atom)
-    return Quantities(frozenset(batch), frozenset(sequence))
+    return Quantities(frozenset(batch), frozenset(sequence), size)
 
 
 def op_atom_ids(node: fx.Node, bound: BoundOp, factors: FactorMap) -> dict[int, int]:
@@ -85,12 +87,19 @@ def recipes_per_axis(name: str, num_axes: int) -> tuple[str, ...]:
     return parts
 
 
-def restriction(name: str, step: StepGraph, factors: FactorMap, num_axes: int) -> Restriction:
-    """What a forced plan leaves out of the choice graph."""
-    recipes = recipes_per_axis(name, num_axes)
+def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int, ...]) -> Restriction:
+    """What a forced plan leaves in the choice graph. Raises ValueError where the batch cannot be split as the plan says."""
+    recipes = recipes_per_axis(name, len(mesh))
     known = quantities(step, factors)
-    if not known.batch and any(r.startswith(("ddp", "zero")) for r in recipes):
+    if not known.batch_size and any(r.startswith(("ddp", "zero")) for r in recipes):
         raise ValueError(f"forced plan {name!r} splits the batch, but no tensor of the batch has a dimension to split")
+    batch_axes = [n for n, r in zip(mesh, recipes, strict=True) if r.startswith(("ddp", "zero")) and n > 1]
+    if batch_axes and all(known.batch_size % n for n in batch_axes):
+        size, pieces = known.batch_size, math.prod(batch_axes)
+        raise ValueError(
+            f"forced plan {name!r} splits the batch over {pieces} devices, but its size {size} is not divisible by {pieces}; "
+            f"give a batch of {size + pieces - size % pieces}, or let the solver choose (no force)"
+        )
     params = {n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind == "param"}
 
     def op(node: fx.Node, bound: BoundOp, axis: int, codes: list[int]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..runtime import ops as runtime_ops
+from .rule import argument_names
 
 if TYPE_CHECKING:
     from .lower import Cut, Emitter
@@ -32,7 +33,7 @@ def plain(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
 def _with(cut: Cut, args: Args, kwargs: Kwargs, **new: Any) -> tuple[Args, Kwargs]:
     """The arguments with some replaced, by schema name."""
     args, kwargs = list(args), dict(kwargs)
-    names = [a.name for a in cut.node.target._schema.arguments]
+    names = argument_names(cut.node)
     for name, value in new.items():
         at = names.index(name)
         if at < len(args):
@@ -55,7 +56,7 @@ def view(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
 
 
 def result_shape(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
-    names = [a.name for a in cut.node.target._schema.arguments]
+    names = argument_names(cut.node)
     if "size" not in names:
         return plain(e, cut, args, kwargs)
     return _call(e, cut, args, kwargs, size=list(cut.result_shape()))
@@ -111,7 +112,7 @@ def group_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
 
 def convolution(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     new: Kwargs = {"groups": cut.argument("groups") // cut.pieces("g")}
-    if "bias_sizes" in [a.name for a in cut.node.target._schema.arguments] and cut.argument("bias_sizes"):
+    if "bias_sizes" in argument_names(cut.node) and cut.argument("bias_sizes"):
         new["bias_sizes"] = [cut.operand_shape(0)[1]]
     return _call(e, cut, args, kwargs, **new)
 
@@ -300,7 +301,9 @@ def nll_loss_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
         grad = e.op(aten.div.Tensor, grad, total)
     value = e.op(aten.mul.Tensor, e.op(aten.neg.default, grad), counted)
     zeros = e.op(aten.zeros_like.default, logp)
-    return e.op(aten.scatter.src, zeros, classes, e.op(aten.unsqueeze.default, index, classes), e.op(aten.unsqueeze.default, value, classes))
+    return e.op(
+        aten.scatter.src, zeros, classes, e.op(aten.unsqueeze.default, index, classes), e.op(aten.unsqueeze.default, value, classes)
+    )
 
 
 def _per_channel(e: Emitter, x: Any, rank: int) -> Any:

@@ -348,16 +348,19 @@ class Lowering:
         return self._reshard(value, node, read, layout)
 
     def _reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> _Later:
-        way = steps(source, target, self.mesh)
+        way = list(steps(source, target, self.mesh))
         later = _ready(node)
-        for i, step in enumerate(way):
-            last = i == len(way) - 1
-            later = self._step(value, later(), step, bucket=bucket and last)
+        while way:
+            step = way.pop(0)
+            axes = [step.axis]
+            # All-reduces of one kind over several axes are one all-reduce over all of them.
+            while step.kind == "all_reduce" and way and way[0].kind == "all_reduce" and way[0].source == step.source:
+                axes.append(way.pop(0).axis)
+            later = self._step(value, later(), step, tuple(sorted(axes)), bucket=bucket and not way)
         return later
 
-    def _step(self, value: fx.Node, x: fx.Node, step: Step, *, bucket: bool) -> _Later:
+    def _step(self, value: fx.Node, x: fx.Node, step: Step, axes: tuple[int, ...], *, bucket: bool) -> _Later:
         spec = self.spec(value, step.before)
-        axes = (step.axis,)
         e = self.e
         if step.kind == "slice":
             piece = e.take(x, axes, *self._place(value, spec, step.target))
@@ -451,6 +454,11 @@ class Lowering:
             out["param", info.fqn, ""] = (later(), self.spec(param, stored))
         return out
 
+    def _loss(self) -> fx.Node:
+        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        at = next(i for i, info in enumerate(self.step.outputs) if info.kind == "loss")
+        return self.get(out.args[0][at], "output", self._whole)  # type: ignore[index]
+
     def _fused_update(
         self, kind: str, group: int, nodes: list[fx.Node], out: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
     ) -> list[tuple[fx.Node, fx.Node]]:
@@ -462,7 +470,7 @@ class Lowering:
             grads.append(local[1])
             states.append(local[2:])
             fqns.append(self._infos[operands[0]].fqn)
-        result = self.e.op(update.fused_update, params, grads, states, kind, group, fqns)
+        result = self.e.op(update.fused_update, params, grads, states, kind, group, fqns, self._loss())
         done = [(node, self.e.op(operator.getitem, result, i)) for i, node in enumerate(nodes)]
         at = len(nodes)
         for node in nodes:

@@ -15,7 +15,18 @@ from .rule import tensor_args
 from .rule_table import op_name
 from .strategies import OpStrategy, is_pass
 
-_HEAVY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "opweave::attention", "opweave::moe_mlp", "embedding", "_log_softmax", "nll_loss_forward")
+_HEAVY = (
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "opweave::attention",
+    "opweave::moe_mlp",
+    "embedding",
+    "_log_softmax",
+    "nll_loss_forward",
+)
 
 
 def axis_name(graph: ChoiceGraph, choice: Choice, code: int, known: Quantities) -> str:
@@ -31,7 +42,8 @@ def axis_name(graph: ChoiceGraph, choice: Choice, code: int, known: Quantities) 
         return "sequence"
     name = op_name(node).split(".")[0]
     letter = op.names[code].split(".")[0]
-    if name in ("embedding", "embedding_dense_backward") and letter == "v" or name in ("_log_softmax", "nll_loss_forward", "nll_loss_backward"):
+    is_loss = name in ("_log_softmax", "nll_loss_forward", "nll_loss_backward")
+    if is_loss or (name in ("embedding", "embedding_dense_backward") and letter == "v"):
         return "vocabulary"
     if "attention" in name:
         return "head"
@@ -105,7 +117,14 @@ def module_rows(graph: ChoiceGraph, selection: list[int], decisions: list[Any]) 
     for path, row in rows.items():
         layout, num_bytes = params.get(path, ("", 0))
         out.append(
-            {"path": path, "ops": row["ops"], "name": "; ".join(row["names"]), "layout": layout, "seconds": row["seconds"], "bytes": num_bytes}
+            {
+                "path": path,
+                "ops": row["ops"],
+                "name": "; ".join(row["names"]),
+                "layout": layout,
+                "seconds": row["seconds"],
+                "bytes": num_bytes,
+            }
         )
     return out
 

@@ -17,7 +17,8 @@ import jsonschema
 from torch import fx
 
 from .choices import ChoiceGraph
-from .factors import FactorMap
+from .factors import FactorMap, is_getitem
+from .layout import fits
 from .lower import Assignment
 from .rule_table import op_name
 from .step_graph import StepGraph
@@ -51,7 +52,12 @@ _SCHEMA: dict[str, Any] = {
                     "nodes": {"type": "array", "items": {"type": "string"}, "minItems": 1},
                     "codes": _CODES,
                     "phase": {"type": "string"},
+                    "path": {"type": "string"},
+                    "text": {"type": "string"},
+                    "name": {"type": "string"},
+                    "seconds": {"type": "number"},
                 },
+                "additionalProperties": False,
             },
         },
         "predicted": {"type": "object"},
@@ -101,14 +107,20 @@ class Plan:
         for name in self.__slots__:
             out[name] = getattr(self, name)
         out["mesh"] = list(self.mesh)
-        out["decisions"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(d).items() if v or k == "codes"} for d in self.decisions]
+        out["decisions"] = [
+            {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(d).items() if v or k == "codes"} for d in self.decisions
+        ]
         return out
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
         """Checked. Raises PlanError saying what is wrong."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise PlanError(f"this is no plan: its format is {data.get('format')!r}, expected {FORMAT!r}" if isinstance(data, dict) else "this is no plan: expected a JSON object")
+            raise PlanError(
+                f"this is no plan: its format is {data.get('format')!r}, expected {FORMAT!r}"
+                if isinstance(data, dict)
+                else "this is no plan: expected a JSON object"
+            )
         if data.get("version") != VERSION:
             raise PlanError(f"the plan has version {data.get('version')!r}, this opweave reads version {VERSION}; make the plan again")
         try:
@@ -121,9 +133,7 @@ class Plan:
         unknown = set(data) - names - {"format", "version"}
         if unknown:
             raise PlanError(f"the plan has unknown entries {sorted(unknown)}; it was edited or made by another version")
-        decisions = [
-            Decision(**{**d, "nodes": tuple(d["nodes"]), "codes": tuple(d["codes"])}) for d in data["decisions"]
-        ]
+        decisions = [Decision(**{**d, "nodes": tuple(d["nodes"]), "codes": tuple(d["codes"])}) for d in data["decisions"]]
         return cls(mesh=tuple(data["mesh"]), decisions=decisions, **rest)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -140,7 +150,9 @@ class Plan:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); the file is damaged or cut off") from None
+            raise PlanError(
+                f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); the file is damaged or cut off"
+            ) from None
         return cls.from_dict(data)
 
     def check(self, step: StepGraph, cluster: Any = None) -> None:
@@ -163,30 +175,43 @@ class Plan:
         out = Assignment(mesh=self.mesh)
         for d in self.decisions:
             if len(d.codes) != len(self.mesh):
-                raise PlanError(f"decision for {d.nodes[0]} has {len(d.codes)} codes, the mesh has {len(self.mesh)} axes; the plan is damaged")
+                raise PlanError(
+                    f"decision for {d.nodes[0]} has {len(d.codes)} codes, the mesh has {len(self.mesh)} axes; the plan is damaged"
+                )
             for name in d.nodes:
                 node = nodes.get(name)
                 if node is None:
                     raise PlanError(f"the plan speaks of {name!r}, which the step does not have; it is damaged or of another model")
                 _assign(out, d, node, factors)
+        _check_complete(out, step)
         return out
 
 
 def _assign(out: Assignment, d: Decision, node: fx.Node, factors: FactorMap) -> None:
-    if d.kind == "op":
-        bound = factors.bind(node)
-        if any(c >= len(bound.sizes) or c < -1 - len(bound.linear) for c in d.codes):
-            raise PlanError(f"decision {list(d.codes)} for {node.name} names a dimension it does not have; the plan is damaged")
+    is_op = d.kind == "op"
+    bound = factors.bind(node) if is_op else None
+    sizes = bound.sizes if bound is not None else factors.atoms(node)
+    lowest = -1 - len(bound.linear) if bound is not None else -4 if d.kind == "value" else -1
+    if any(not lowest <= c < len(sizes) for c in d.codes) or not fits(d.codes, sizes, out.mesh):
+        raise PlanError(
+            f"decision {list(d.codes)} for {node.name} does not fit its dimensions on mesh {list(out.mesh)}; the plan is damaged"
+        )
+    if bound is not None:
         out.ops[node] = strategy(bound, d.codes)
-        return
-    if any(c >= len(factors.atoms(node)) for c in d.codes):
-        raise PlanError(f"decision {list(d.codes)} for {node.name} names a dimension it does not have; the plan is damaged")
-    if d.kind == "input":
+    elif d.kind == "input":
         out.inputs[node] = d.codes
     elif d.kind == "value":
         out.kept[node] = d.codes
     else:
         out.reads[node, d.phase] = d.codes
+
+
+def _check_complete(out: Assignment, step: StepGraph) -> None:
+    missing = [n.name for n in step.ops if not is_getitem(n) and n not in out.ops]
+    stored = [n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind != "state"]
+    missing += [n.name for n in stored if n not in out.inputs]
+    if missing:
+        raise PlanError(f"the plan has no decision for {len(missing)} ops and inputs ({missing[0]}, ...); it is damaged, make it again")
 
 
 def fingerprint(step: StepGraph) -> str:
@@ -196,7 +221,9 @@ def fingerprint(step: StepGraph) -> str:
         val = node.meta.get("val")
         values = val if isinstance(val, (list, tuple)) else [val]
         shapes = [(tuple(v.shape), str(v.dtype)) if hasattr(v, "shape") else v for v in values]
-        digest.update(f"{node.name}|{op_name(node) if node.op == 'call_function' else node.op}|{node.args}|{node.kwargs}|{shapes}\n".encode())
+        digest.update(
+            f"{node.name}|{op_name(node) if node.op == 'call_function' else node.op}|{node.args}|{node.kwargs}|{shapes}\n".encode()
+        )
     for entry in (*step.inputs, *step.outputs):
         digest.update(repr(entry).encode())
     return digest.hexdigest()[:16]

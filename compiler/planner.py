@@ -55,8 +55,8 @@ def plan_step(
     is not the cluster's size.
     """
     started = time.perf_counter()
-    limit = float(cluster.device.usable_bytes) if memory_limit is None else float(memory_limit)
-    meshes = [_checked(mesh, cluster)] if mesh is not None else cluster.mesh_candidates()
+    limit = float(cluster.device.usable_bytes) if memory_limit is None else _checked_limit(memory_limit)
+    meshes = [_checked(mesh_of(mesh), cluster)] if mesh is not None else cluster.mesh_candidates()
     times = {"capture": capture_s, "strategies": 0.0, "pricing": 0.0, "solve": 0.0, "verify": 0.0}
     found: list[Candidate] = []
     refused: list[Solution] = []
@@ -92,7 +92,7 @@ def _within(
         times["verify"] += time.perf_counter() - t0
         if report.peak_bytes <= limit:
             return best, report
-        over = f"mesh {'x'.join(map(str, best.mesh))} needs {report.peak_bytes:,} bytes at {report.at}"
+        over = f"mesh {show_mesh(best.mesh)} needs {report.peak_bytes:,} bytes at {report.at}"
         tighter = best.limit - 1.05 * (report.peak_bytes - limit)
         todo[0] = _solve(analysis, cluster, best.mesh, force, tighter, time_limit_s, times)
         if todo[0].solution.status == "infeasible":
@@ -101,7 +101,7 @@ def _within(
             break
         todo.sort(key=lambda c: c.solution.objective)
     raise DoesNotFitError(
-        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes; {over}. {_WAYS_OUT}"
+        f"{_head(analysis, cluster, limit)}; {over}. {_WAYS_OUT}"
     )
 
 
@@ -113,11 +113,30 @@ def _dry_run(analysis: Analysis, candidate: Candidate) -> MemoryReport:
     return dry_run(lower(analysis.step, analysis.factors, assignment, device="meta"))
 
 
+def show_mesh(mesh: tuple[int, ...]) -> str:
+    """(2, 4) as "2x4"."""
+    return "x".join(map(str, mesh))
+
+
+def mesh_of(mesh: Any) -> tuple[int, ...]:
+    """Devices per mesh axis from a tuple, a list or one number. Raises ValueError for anything else."""
+    sizes = (mesh,) if isinstance(mesh, int) else mesh
+    if isinstance(sizes, (tuple, list)) and sizes and all(isinstance(n, int) and n > 0 for n in sizes):
+        return tuple(sizes)
+    raise ValueError(f"mesh is {mesh!r}; give devices per axis as a tuple of positive whole numbers, e.g. (2,) or (2, 4)")
+
+
+def _checked_limit(limit: Any) -> float:
+    if isinstance(limit, (int, float)) and limit > 0:
+        return float(limit)
+    raise ValueError(f"memory_limit is {limit!r}; give bytes per device, a number above 0, e.g. 10e9")
+
+
 def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
-    if not mesh or any(n < 1 for n in mesh) or math.prod(mesh) != cluster.num_devices:
+    if math.prod(mesh) != cluster.num_devices:
         raise ValueError(
-            f"mesh {'x'.join(map(str, mesh))} has {math.prod(mesh)} devices, cluster {cluster.name!r} has {cluster.num_devices}; "
-            f"candidates are {', '.join('x'.join(map(str, m)) for m in cluster.mesh_candidates())}"
+            f"mesh {show_mesh(mesh)} has {math.prod(mesh)} devices, cluster {cluster.name!r} has {cluster.num_devices}; "
+            f"candidates are {', '.join(map(show_mesh, cluster.mesh_candidates()))}"
         )
     return tuple(mesh)
 
@@ -127,7 +146,7 @@ def _solve(
     times: dict[str, float],
 ) -> Candidate:  # fmt: skip
     t0 = time.perf_counter()
-    limits = restriction(force, analysis.step, analysis.factors, len(mesh)) if force else None
+    limits = restriction(force, analysis.step, analysis.factors, mesh) if force else None
     graph = build_choices(analysis.step, analysis.factors, mesh, limits)
     t1 = time.perf_counter()
     priced = Pricer(graph, cluster, limit).price()
@@ -170,7 +189,11 @@ def num_parameters(graph: ChoiceGraph) -> int:
 
 def _predicted(priced: PricedProblem, solution: Solution, memory: MemoryReport) -> dict[str, Any]:
     evaluation = priced.problem.evaluate(solution.selection)
-    compute = sum(float(priced.op_seconds[c.index][int(i)]) * len(c.members) for c, i in zip(priced.graph.choices, solution.selection, strict=True) if c.kind == "op")
+    compute = sum(
+        float(priced.op_seconds[c.index][int(i)]) * len(c.members)
+        for c, i in zip(priced.graph.choices, solution.selection, strict=True)
+        if c.kind == "op"
+    )
     side = 0.0
     if SIDE in priced.problem.streams:
         edges = priced.problem.edge_stream[priced.problem.streams.index(SIDE)]
@@ -192,10 +215,14 @@ def _chosen_edges(priced: PricedProblem, solution: Solution, values: np.ndarray)
     return float(values[at].sum())
 
 
+def _head(analysis: Analysis, cluster: Cluster, limit: float) -> str:
+    name = analysis.step.model_name or "the model"
+    return f"{name} does not fit on {cluster.name!r}: every device ({cluster.device.name}) has {int(limit):,} usable bytes"
+
+
 def _why_not(analysis: Analysis, cluster: Cluster, meshes: list[tuple[int, ...]], limit: float, refused: list[Solution]) -> str:
-    reasons = "; ".join(
-        f"mesh {'x'.join(map(str, m))}: {s.reason}" for m, s in zip(meshes, refused, strict=False)
-    )
+    reasons = "; ".join(f"mesh {show_mesh(m)}: {s.reason}" for m, s in zip(meshes, refused, strict=False))
     return (
-        f"{analysis.step.model_name or 'the model'} does not fit on {cluster.name!r}: every device has {int(limit):,} usable bytes. {reasons}. " + _WAYS_OUT
+        f"{_head(analysis, cluster, limit)}. {reasons}. "
+        + _WAYS_OUT
     )

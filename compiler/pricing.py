@@ -121,9 +121,7 @@ class Pricer:
         self.prices = CollectivePrices(cluster, graph.mesh)
         overlap = cluster.overlap if len(graph.mesh) and math.prod(graph.mesh) > 1 else 0.0
         self._overlap = overlap
-        self._builder = ProblemBuilder(
-            graph.step.model_name or "step", pools={"device": memory_limit}, streams=(SIDE,) if overlap else ()
-        )
+        self._builder = ProblemBuilder(graph.step.model_name or "step", pools={"device": memory_limit}, streams=(SIDE,) if overlap else ())
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
@@ -186,7 +184,9 @@ class Pricer:
             out[k] = sum(b / num_pieces(layout, self.mesh) for b, layout in zip(sizes, layouts, strict=False) if layout is not None)
         return out
 
-    def _exchange(self, choice: Choice, options: list[OpStrategy], operands: list[torch.Tensor], results: list[torch.Tensor | None]) -> np.ndarray:
+    def _exchange(
+        self, choice: Choice, options: list[OpStrategy], operands: list[torch.Tensor], results: list[torch.Tensor | None]
+    ) -> np.ndarray:
         op = choice.op
         out = np.zeros(len(options))
         if op is None or "#" not in op.flags:
@@ -194,7 +194,11 @@ class Pricer:
         for k, s in enumerate(options):
             for axis, code in enumerate(s.codes):
                 if code >= 0 and op.flags[code] == "#":
-                    small = [tensor_bytes(r) for r, atoms in zip(results, op.results, strict=False) if r is not None and atoms is not None and code not in atoms]
+                    small = [
+                        tensor_bytes(r)
+                        for r, atoms in zip(results, op.results, strict=False)
+                        if r is not None and atoms is not None and code not in atoms
+                    ]
                     per_row = tensor_bytes(operands[0]) / op.sizes[code] if operands else 0
                     num_bytes = max(small) if small else per_row / max(1, num_pieces(s.operands[0], self.mesh) / self.mesh[axis])
                     out[k] += 2 * self.prices.all_reduce(axis, num_bytes)
@@ -296,7 +300,7 @@ class Pricer:
             add(chosen, 0, self._end, self._local(state, [s.operands[2 + i] for s in chosen.options]))
 
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
-        if aliased_operand(node) is not None or node.meta["op"].phase == "update" and "update" in op_name(node):
+        if aliased_operand(node) is not None or op_name(node) == "opweave::update.default":
             return
         choice = self.graph.op_choice[node]
         at = self._order[node]

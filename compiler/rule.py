@@ -56,9 +56,7 @@ class Rule:
 
     def __str__(self) -> str:
         def tensor(dims: TensorDims) -> str:
-            return " ".join(
-                "1" if not d else (letter(d[0]) if len(d) == 1 else "(" + " ".join(map(letter, d)) + ")") for d in dims
-            )
+            return " ".join("1" if not d else (letter(d[0]) if len(d) == 1 else "(" + " ".join(map(letter, d)) + ")") for d in dims)
 
         def letter(name: str) -> str:
             return name + self.flags.get(name, "")
@@ -145,6 +143,11 @@ class Row:
         if callable(self.rule):
             return self.rule(node)
         return parse(self.rule, linear=self.linear, reduce=self.reduce)
+
+
+def argument_names(node: fx.Node) -> list[str]:
+    """The names of an op's arguments, from its schema."""
+    return [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:

@@ -64,7 +64,7 @@ _LINEAR_POINTWISE: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def op_name(node: fx.Node) -> str:
-    """"add.Tensor" or "opweave::update.default": namespace (aten left out), name and overload."""
+    """ "add.Tensor" or "opweave::update.default": namespace (aten left out), name and overload."""
     return _target_name(node.target)
 
 
@@ -104,9 +104,7 @@ def pointwise(node: fx.Node) -> Rule:
 def view(node: fx.Node) -> Rule:
     """The same elements in the same order: factors are matched, see `factors`."""
     source = tensor_args(node)[0]
-    return Rule(
-        operands=(tuple(() for _ in shape(source)),), results=(tuple(() for _ in shape(node)),), linear=((0,),), view=True
-    )
+    return Rule(operands=(tuple(() for _ in shape(source)),), results=(tuple(() for _ in shape(node)),), linear=((0,),), view=True)
 
 
 def permute(node: fx.Node) -> Rule:
@@ -120,7 +118,7 @@ def permute(node: fx.Node) -> Rule:
         a, b = wrap(node.args[1], rank), wrap(node.args[2], rank)  # type: ignore[arg-type]
         order[a], order[b] = order[b], order[a]
     else:
-        order = [wrap(d, rank) for d in node.args[1]]  # type: ignore[union-attr]
+        order = [wrap(d, rank) for d in argument(node, "dims")]
     return Rule(operands=(tuple(names),), results=(tuple(names[i] for i in order),), linear=((0,),))
 
 
@@ -270,9 +268,7 @@ def stack_rule(node: fx.Node) -> Rule:
     dim = wrap(argument(node, "dim", 0), rank)
     names = letters(rank)
     operand = tuple(n for i, n in enumerate(names) if i != dim)
-    return Rule(
-        operands=(operand,) * len(values), results=(tuple(names),), flags={names[dim][0]: "!"}, linear=(tuple(range(len(values))),)
-    )
+    return Rule(operands=(operand,) * len(values), results=(tuple(names),), flags={names[dim][0]: "!"}, linear=(tuple(range(len(values))),))
 
 
 def generated(flag: str) -> Callable[[fx.Node], Rule]:
@@ -280,7 +276,7 @@ def generated(flag: str) -> Callable[[fx.Node], Rule]:
 
     def make(node: fx.Node) -> Rule:
         names = letters(len(shape(node)))
-        operands = tuple(tuple((f"i{k}_{i}",) for i in range(len(shape(v)))) for k, v in enumerate(tensor_args(node)))
+        operands: tuple[TensorDims, ...] = tuple(tuple((f"i{k}_{i}",) for i in range(len(shape(v)))) for k, v in enumerate(tensor_args(node)))
         if operands and all(shape(v) == shape(node) for v in tensor_args(node)):
             operands = (tuple(names),) * len(operands)  # zeros_like: the operand's own layout is the natural one
         elif any(operands):
@@ -358,7 +354,10 @@ def index_put_rule(node: fx.Node) -> Rule | None:
     if shape(tensor_args(node)[-1]) != tuple(source[: used[0]]) + tuple(joint) + tuple(source[used[-1] + 1 :]):
         return None
     return Rule(
-        operands=(tuple(names), *(aligned(indices[i]) for i in used), values), results=(tuple(names),), flags=flags, linear=((0, len(used) + 1),)
+        operands=(tuple(names), *(aligned(indices[i]) for i in used), values),
+        results=(tuple(names),),
+        flags=flags,
+        linear=((0, len(used) + 1),),
     )
 
 
@@ -404,9 +403,7 @@ def index_add_rule(node: fx.Node) -> Rule:
     dim = wrap(argument(node, "dim"), rank)
     names = letters(rank)
     src = tuple(("e",) if i == dim else n for i, n in enumerate(names))
-    return Rule(
-        operands=(tuple(names), (("e",),), src), results=(tuple(names),), flags={names[dim][0]: "!", "e": "!"}, linear=((0, 2),)
-    )
+    return Rule(operands=(tuple(names), (("e",),), src), results=(tuple(names),), flags={names[dim][0]: "!", "e": "!"}, linear=((0, 2),))
 
 
 def index_select_rule(node: fx.Node) -> Rule:
@@ -487,7 +484,9 @@ def convolution(node: fx.Node) -> Rule | None:
         operands.append((cout,))
         flags["c"] = "!"  # a bias would be added once per piece
     sizes = {"g": groups, "c": w[1], "o": y[1] // groups} if groups > 1 else {}
-    return Rule(operands=tuple(operands), results=((("n",), cout, *ys),), flags=flags, sizes=sizes, linear=() if len(values) > 2 else ((0,), (1,)))
+    return Rule(
+        operands=tuple(operands), results=((("n",), cout, *ys),), flags=flags, sizes=sizes, linear=() if len(values) > 2 else ((0,), (1,))
+    )
 
 
 def _conv_spatial(
@@ -595,7 +594,13 @@ def batch_norm(node: fx.Node) -> Rule:
     flags = {n: "!" if training else "" for (n,) in space} | {"n": "#" if training else ""}
     results: list[TensorDims] = []
     for i, r in enumerate(results_of(node)):
-        results.append(full if i == 0 else (("c",),) if r is not None and r.dim() == 1 and r.numel() else tuple(() for _ in (r.shape if r is not None else ())))
+        results.append(
+            full
+            if i == 0
+            else (("c",),)
+            if r is not None and r.dim() == 1 and r.numel()
+            else tuple(() for _ in (r.shape if r is not None else ()))
+        )
     return Rule(operands=tuple(operands), results=tuple(results), flags={k: v for k, v in flags.items() if v})
 
 
@@ -922,7 +927,9 @@ def _topk(node: fx.Node) -> Rule:
 _USER_ROWS: dict[str, Row] = {}
 
 
-def pattern(op: str, rule: str, *, linear: tuple[tuple[int, ...], ...] = (), reduce: str = "sum", local: Callable[..., Any] | None = None) -> None:
+def pattern(
+    op: str, rule: str, *, linear: tuple[tuple[int, ...], ...] = (), reduce: str = "sum", local: Callable[..., Any] | None = None
+) -> None:
     """Teach the planner a custom op: `ow.pattern("mylib::scale_rows", "m n, m -> m n")`.
 
     op: "namespace::name" (all overloads) or "namespace::name.overload". rule, linear, reduce: see `compiler.rule`. local: for letters
@@ -957,9 +964,7 @@ def row_of(node: fx.Node) -> Row | None:
 def is_user_row(node: fx.Node) -> bool:
     """Whether the op's rule was added with `pattern`."""
     target = node.target
-    return isinstance(target, OpOverload) and bool(
-        {target._schema.name, f"{target._schema.name}.{target._overloadname}"} & set(_USER_ROWS)
-    )
+    return isinstance(target, OpOverload) and bool({target._schema.name, f"{target._schema.name}.{target._overloadname}"} & set(_USER_ROWS))
 
 
 _POINTWISE = Row(rule=pointwise)

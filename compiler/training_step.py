@@ -40,6 +40,8 @@ class StepOptions:
     seed: int = 0
     device: str | None = None
     time_limit_s: float = 60.0
+    cluster_given: bool = False
+    keep_model: bool = True
 
 
 class StepError(ValueError):
@@ -92,7 +94,12 @@ class TrainingStep:
         groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step)})
         limit = self.options.memory_limit
         self.executor = Executor(self.program, groups, device, optimizer, limit_bytes=None if limit is None else int(limit))
-        self.executor.state = ProgramState.from_model(self.program, self.model, groups.coords, device=device, optimizer=optimizer)
+        keep = self.options.keep_model
+        self.executor.state = ProgramState.from_model(
+            self.program, self.model, groups.coords, device=device, optimizer=optimizer, share=not keep
+        )
+        if not keep:
+            self.executor.state.release_model(self.model)
         if self._pending_load is not None:
             path, self._pending_load = self._pending_load, None
             self.load(path)
@@ -133,8 +140,8 @@ class TrainingStep:
         self.extras = self.analysis.step.extra_spec.rebuild(extras) if self.analysis.step.extra_spec else None
         if not bool(torch.isfinite(loss).all()):
             raise NonFiniteLossError(
-                f"the loss of step {self.num_steps} is {loss.item()}; the update of this step has been applied. Load the last checkpoint, then look "
-                "at the batch, lower the learning rate, or pass clip_grad_norm="
+                f"the loss of step {self.num_steps} is {loss.item()}; parameters and optimizer state are as before this step. Look at the "
+                "batch, lower the learning rate, or pass clip_grad_norm="
             )
         return loss
 
@@ -144,7 +151,9 @@ class TrainingStep:
     def plan(self) -> Plan:
         """The plan. Raises StepError before the first batch (its shapes decide the plan)."""
         if self._plan is None:
-            raise StepError("there is no plan yet: it is made for the shapes of the first batch; call step(batch) or step.prepare(batch) first")
+            raise StepError(
+                "there is no plan yet: it is made for the shapes of the first batch; call step(batch) or step.prepare(batch) first"
+            )
         return self._plan
 
     @property
@@ -190,8 +199,12 @@ def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> di
     given = batch_tensors(batch)
     if set(given) != set(names):
         raise StepError(
-            f"the batch has tensors {sorted(given)}, the batch this step was compiled with had {sorted(names)}; give batches of one structure"
+            f"the batch has tensors {sorted(given)}, the batch this step was compiled with had {sorted(names)}; "
+            "give batches of one structure"
         )
+    for path, tensor in given.items():
+        if tensor.device.type == "meta":
+            raise StepError(f"the batch tensor {path!r} is on the meta device: it has no data to train on")
     out: dict[str, Any] = {names[path]: tensor for path, tensor in given.items()}
     for info in analysis.step.inputs:
         if info.kind == "seed":

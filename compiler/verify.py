@@ -22,7 +22,7 @@ from .capture import capture, default_loss
 from .capture_tree import map_tensors
 from .lower import lower
 from .plan import Plan
-from .planner import plan_step
+from .planner import mesh_of, plan_step, show_mesh
 from .training_step import step_inputs
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -56,7 +56,7 @@ class VerifyReport:
 def verify(
     model: nn.Module,
     batch: Any,
-    ranks: tuple[int, ...] = (2,),
+    ranks: tuple[int, ...] | int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
@@ -70,9 +70,16 @@ def verify(
 ) -> VerifyReport:
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
 
-    The model and optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared with its own one-device program
-    (random numbers are opweave's). Raises VerificationError where a difference exceeds `tolerance`.
+    The model and optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared
+    with its own one-device program (random numbers are opweave's). Raises VerificationError where a difference exceeds `tolerance`.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; at least one step is needed to compare")
+    mesh = mesh_of(ranks if ranks is not None else plan.mesh if plan is not None else (2,))
+    if plan is not None and mesh != plan.mesh:
+        raise ValueError(
+            f"the plan is for mesh {show_mesh(plan.mesh)}, ranks is {show_mesh(mesh)}; leave ranks out or give ranks={plan.mesh}"
+        )
     optimizer_of = _optimizer_maker(model, optimizer)
     model = copy.deepcopy(model).to(dtype)
     batch = map_tensors(batch, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
@@ -80,9 +87,9 @@ def verify(
     with computing_in(dtype):
         step = capture(model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm)
     analysis = analyse(step)
-    cluster = cluster or _pretend_cluster(math.prod(ranks))
+    cluster = cluster or _pretend_cluster(math.prod(mesh))
     if plan is None:
-        plan = plan_step(analysis, cluster, mesh=tuple(ranks), force=force)
+        plan = plan_step(analysis, cluster, mesh=mesh, force=force)
     else:
         plan.check(analysis.step)
     losses, params, counts = _lockstep(analysis, plan, model, reference_optimizer, batch, steps)
@@ -103,7 +110,7 @@ def verify(
     if not report.holds:
         worst = max(expected, key=lambda name: _relative(params[name], expected[name]))
         raise VerificationError(
-            f"after {steps} steps on mesh {'x'.join(map(str, plan.mesh))} the losses differ by {report.max_relative_difference['loss']:.3g} and the "
+            f"after {steps} steps on mesh {show_mesh(plan.mesh)} the losses differ by {report.max_relative_difference['loss']:.3g} and the "
             f"parameters by {report.max_relative_difference['parameters']:.3g} (most in {worst}), more than {report.tolerance:g}; "
             "please report this with the model: it is a fault of opweave or an op with a wrong user pattern"
         )
@@ -143,7 +150,7 @@ def _optimizer_maker(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             {**group, "params": [params[name_of[id(p)]] for p in group["params"]], "fused": True, "foreach": None}
             for group in optimizer.param_groups
         ]
-        return type(optimizer)(groups)
+        return type(optimizer)(groups)  # type: ignore[call-arg]
 
     return make
 
@@ -187,13 +194,9 @@ def _pretend_cluster(num_devices: int) -> Cluster:
 def _lockstep(
     analysis: Analysis, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, int]]:
-    program = lower(
-        analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=type(optimizer).__name__
-    )
+    program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=type(optimizer).__name__)
     executor = LockstepExecutor(program, optimizer)
-    executor.states = [
-        ProgramState.from_model(program, model, unravel(rank, plan.mesh)) for rank in range(math.prod(plan.mesh))
-    ]
+    executor.states = [ProgramState.from_model(program, model, unravel(rank, plan.mesh)) for rank in range(math.prod(plan.mesh))]
     losses = [float(executor.run(step_inputs(analysis, batch, 0, i))[0]) for i in range(steps)]
     params = {}
     for key, port in program.stored.items():
@@ -213,7 +216,7 @@ def _plain(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses = []
     if hasattr(model, "set_experts_implementation") and dtype_of(model) == torch.float64:
-        model.set_experts_implementation("eager")  # transformers' default, grouped_mm, has no float64 kernel
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # transformers' default, grouped_mm, has no float64 kernel
     for _ in range(steps):
         optimizer.zero_grad()
         result = loss_fn(model, batch)
@@ -223,5 +226,7 @@ def _plain(
             torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
         optimizer.step()
         losses.append(float(loss.detach()))
-    values = {name: p.detach() for name, p in model.named_parameters()} | {name: b.detach() for name, b in model.named_buffers() if b is not None}
+    values = {name: p.detach() for name, p in model.named_parameters()} | {
+        name: b.detach() for name, b in model.named_buffers() if b is not None
+    }
     return losses, {name: v for name, v in values.items() if v.is_floating_point()}

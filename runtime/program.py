@@ -76,5 +76,8 @@ def shard_inputs(program: LocalProgram, values: Mapping[str, Any], coords: tuple
         try:
             out[name] = port.spec.shard(value, coords)
         except ValueError as error:
-            raise ValueError(f"input {port.fqn or name!r}: {error}") from None
+            raise ValueError(
+                f"input {port.fqn or name!r}: {error}. Give batches of the shape the step was compiled with (drop_last=True for "
+                "a loader), or compile another step for this shape"
+            ) from None
     return out

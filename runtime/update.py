@@ -42,8 +42,11 @@ def fused_update(
     kind: str,
     group: int,
     fqns: list[str],
+    loss: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Update parameters by their gradients, in place where the memory layout allows.
+
+    With a `loss` that is NaN or infinite nothing is changed: what was learned so far is not lost to one bad batch.
 
     states[i]: the state tensors of params[i] in the order of `state_slots`. group: index into the optimizer's `param_groups`.
     Returns the new values, flat: all parameters, then the states of the first, of the second, ... Use these, not the inputs.
@@ -93,9 +96,13 @@ class Updater:
         kind: str,
         group: int,
         fqns: list[str],
+        loss: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """See the function of this name."""
         options = self._options(group)
+        _check_slots(kind, group, options, states)
+        if loss is not None and not bool(torch.isfinite(loss).all()):
+            return params + [state for slots in states for state in slots]
         params, grads, states = _aligned(params, grads, states)
         counts = [self._count(fqn, param, kind) for fqn, param in zip(fqns, params, strict=True)]
         for chosen in _by_dtype(params):
@@ -125,6 +132,15 @@ class Updater:
             count = torch.zeros((), device=device) if count is None else count.to(device)
             self.steps[fqn] = count
         return count
+
+
+def _check_slots(kind: str, group: int, options: Mapping[str, Any], states: list[list[torch.Tensor]]) -> None:
+    have, want = len(states[0]), len(state_slots(kind, options))
+    if have != want:
+        raise ValueError(
+            f"parameter group {group} of {kind} had {have} state tensors per parameter when the step was compiled, its options now ask for "
+            f"{want}: momentum and amsgrad must stay as they were; compile again"
+        )
 
 
 def _aligned(
