@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,9 @@ def solve_file(
 ) -> dict[str, Any]:
     """Solve ``path`` (contest JSON or opweave's own, ``.gz`` allowed) and return the answer; also written to ``output`` if given.
 
-    Keys: ``solution`` (strategy index per node, empty if infeasible), ``cost``, ``lower_bound`` (null where there is none), ``gap``, ``status``,
-    ``reason``, ``seconds`` (reading the file included). With ``progress`` a live line goes to standard error.
+    Keys: ``solution`` (strategy index per node, empty if infeasible), ``cost``, ``lower_bound`` (null where there is none), ``gap``,
+    ``status``, ``reason``, ``seconds`` (reading the file included). With ``progress`` a live line goes to standard error.
     """
-    import time
-
     started = time.perf_counter()
     problem = SelectionProblem.load(path)
     remaining = max(time_limit_s - (time.perf_counter() - started), 0.01)
