@@ -30,6 +30,7 @@ _VIEWS_THAT_MAY_BE_NOTHING = {
 }  # fmt: skip
 # Views that keep the elements' order: two of them that end in the shape and strides they began with undo each other.
 _RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
+_VIEWS_OF_A_PART = {"slice"}
 _COPIES_THAT_MAY_BE_NOTHING = {"clone", "_to_copy", "lift_fresh_copy"}
 _NEUTRAL_KWARGS = ("device", "pin_memory", "layout", "non_blocking")
 MAX_CONSTANT_ELEMENTS = 65_536
@@ -71,6 +72,7 @@ class Recorder(torch_compat.DispatchMode):
         self.stack: list[str] = [""]
         self.seed: fx.Node | None = None
         self._random_ids: dict[bytes, int] = {}
+        self._results: dict[Any, Any] = {}
         self._module_names = module_names
         self._vals: dict[Any, torch.Tensor] = {}
         self._origins: dict[int, Origin] = {}
@@ -190,8 +192,45 @@ class Recorder(torch_compat.DispatchMode):
             return Origin("", "bwd", "")
         return Origin(forward.path, "bwd", forward.line, forward.partner)
 
-    def _record(self, traits: _Traits, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The op on fake tensors. One that was run before on tensors of the same shapes, strides and dtypes is not run again."""
+        key = self._shapes_key(func, args, kwargs)
+        seen = self._results.get(key) if key is not None else None
+        if seen is not None:
+            if isinstance(seen, torch.Tensor):
+                return torch_compat.fresh_fake(self.fake, seen)
+            return tuple([None if val is None else torch_compat.fresh_fake(self.fake, val) for val in seen])
         out = func(*args, **kwargs)
+        if key is not None:
+            if isinstance(out, torch.Tensor):
+                self._results[key] = self.val(out)
+            elif isinstance(out, tuple) and all(o is None or isinstance(o, torch.Tensor) for o in out):
+                self._results[key] = tuple([None if o is None else self.val(o) for o in out])
+        return out
+
+    def _shapes_key(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What decides the shapes of an op's results; None where they must be found anew.
+
+        That is with known values, whose results are known too, and for views of a part: autograd wants to know where they start.
+        """
+        traits = _TRAITS[func]
+        if traits.is_view and (not traits.maybe_nothing or traits.name in _VIEWS_OF_A_PART or args[0].storage_offset()):
+            return None
+        key = [func]
+        for arg in (*args, *kwargs.items()) if kwargs else args:
+            if isinstance(arg, torch.Tensor):
+                ref = self.values.ref(arg)
+                if ref is None or torch_compat.is_constant(arg):
+                    return None
+                key.append(id(ref.val))
+            elif isinstance(arg, (list, tuple)) and any(isinstance(a, torch.Tensor) for a in arg):
+                return None
+            else:
+                key.append(_key(arg))
+        return tuple(key)
+
+    def _record(self, traits: _Traits, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+        out = self.run(func, args, kwargs)
         if isinstance(out, torch.Tensor):
             val = self.val(out)
             source: Any = args[0] if args else None
@@ -214,7 +253,7 @@ class Recorder(torch_compat.DispatchMode):
 
     def record_plain(self, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> torch.Tensor:
         """Record an op of one result as it is."""
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         val = self.val(out)
         self.values.bind(out, self.emit(func, lowered, lowered_kwargs, val), val)
         return out

@@ -38,7 +38,7 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 
 @_handles("_scaled_dot_product_flash_attention_for_cpu")
 def _attention(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
+    out = rec.run(func, args, kwargs)
     a = named_arguments(func, lowered, lowered_kwargs)
     call = (a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], _scale(a["scale"], args[0]))
     rec.bind_all(opweave.attention.default, out, call, {})
@@ -47,7 +47,7 @@ def _attention(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, l
 
 @_handles("_scaled_dot_product_flash_attention_for_cpu_backward")
 def _attention_backward(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
+    out = rec.run(func, args, kwargs)
     a = named_arguments(func, lowered, lowered_kwargs)
     call = (
         a["grad_out"], a["query"], a["key"], a["value"], a["attn_mask"], a["out"], a["logsumexp"], a["is_causal"],
@@ -89,7 +89,7 @@ def _product(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, low
 
 @_handles("native_batch_norm")
 def _batch_norm(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = _with_wide_statistics(args, func(*args, **kwargs))
+    out = _with_wide_statistics(args, rec.run(func, args, kwargs))
     x, weight, bias, mean, var, training, momentum, eps = lowered
     if not training:
         rec.bind_all(aten._native_batch_norm_legit_no_training.default, out, (x, weight, bias, mean, var, momentum, eps), {})
@@ -119,7 +119,7 @@ def _items(node: fx.Node) -> list[fx.Node]:
 
 @_handles("native_batch_norm_backward")
 def _batch_norm_backward(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
+    out = rec.run(func, args, kwargs)
     a = list(lowered)
     if a[7]:
         a[3] = a[4] = None  # training uses the saved statistics only, and the running ones have moved on
@@ -130,7 +130,7 @@ def _batch_norm_backward(rec: Recorder, func: Any, args: Any, kwargs: Any, lower
 @_handles("convolution_backward")
 def _convolution_backward(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
     """One node per gradient, so that each has a rule of one result; the CPU kernels give the same bits."""
-    out = func(*args, **kwargs)
+    out = rec.run(func, args, kwargs)
     mask = lowered[-1]
     for i, result in enumerate(out):
         if mask[i] and result is not None:
