@@ -221,12 +221,13 @@ class DirectTransport:
         works += [process_group.send([outgoing[peer]], peer, 0) for peer in self.peers]
         return works
 
-    def gather(self, x: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
-        """Works and the (n, *x.shape) tensor they fill."""
-        rows = x.new_empty((self.group.size, *x.shape))
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> list[Any]:
+        """Fill `rows`, contiguous (n, *x.shape); row `index` may be `x` itself."""
         works = self._swap([x] * self.group.size, rows.unbind())
-        rows[self.group.index].copy_(x)
-        return works, rows
+        own = rows[self.group.index]
+        if own.data_ptr() != x.data_ptr():
+            own.copy_(x)
+        return works
 
     def exchange(self, pieces: torch.Tensor) -> tuple[list[Any], torch.Tensor, Sequence[torch.Tensor]]:
         """Row j of `pieces` goes to device j; works, the rows that arrive, and what must be held."""
@@ -276,11 +277,9 @@ class NativeTransport:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def gather(self, x: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
-        """Works and the (n, *x.shape) tensor they fill."""
-        rows = x.new_empty((self.group.size, *x.shape))
-        work = torch_compat.all_gather_single(rows.view(-1), x.view(-1), group=self.group.process_group, async_op=True)
-        return [work], rows
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> list[Any]:
+        """Fill `rows`, contiguous (n, *x.shape); row `index` may be `x` itself."""
+        return [torch_compat.all_gather_single(rows.view(-1), x.view(-1), group=self.group.process_group, async_op=True)]
 
     def exchange(self, pieces: torch.Tensor) -> tuple[list[Any], torch.Tensor, Sequence[torch.Tensor]]:
         """Row j of `pieces` goes to device j; works, the rows that arrive, and what must be held."""
@@ -330,13 +329,19 @@ class Communicator:
         wire = self.transport(axes)
         return x if wire is None else wire.all_reduce(x.contiguous(), op)
 
-    def all_gather(self, x: torch.Tensor, axes: Axes, dim: int, outer: int) -> Any:
+    def all_gather(self, x: torch.Tensor, axes: Axes, dim: int, outer: int, into: torch.Tensor | None = None) -> Any:
+        """into: memory for the result, which may hold `x` in its place (see `reuse`)."""
         wire = self.transport(axes)
         if wire is None:
             return x
         x = x.contiguous()
-        works, rows = wire.gather(x)
-        return Pending(works, functools.partial(join, rows, x.shape, dim, outer), (x, rows))
+        shape = (wire.group.size, *x.shape)
+        in_place = into is not None and math.prod(x.shape[:dim]) * outer == 1 and into.is_contiguous()
+        rows = into.view(shape) if into is not None and in_place else x.new_empty(shape)
+        works = wire.gather(x, rows)
+        if into is None:
+            return Pending(works, functools.partial(join, rows, x.shape, dim, outer), (x, rows))
+        return Pending(works, lambda: into if in_place else into.copy_(join(rows, x.shape, dim, outer)), (x, rows))
 
     def reduce_scatter(self, x: torch.Tensor, axes: Axes, dim: int, outer: int, op: str = "sum") -> Any:
         wire = self.transport(axes)
@@ -384,19 +389,24 @@ class Communicator:
 
         return _bucket(wire, xs, packed, lambda i: self.reduce_scatter(xs[i], axes, dims[i], outers[i], op))
 
-    def all_gather_bucket(self, xs: list[torch.Tensor], axes: Axes, dims: list[int], outers: list[int]) -> Any:
+    def all_gather_bucket(
+        self, xs: list[torch.Tensor], axes: Axes, dims: list[int], outers: list[int], into: dict[int, torch.Tensor] | None = None
+    ) -> Any:
+        """into: memory for some of the results, by place."""
         wire = self.transport(axes)
         if wire is None:
             return xs
+        into = into or {}
 
         def packed(chosen: list[torch.Tensor], at: list[int]) -> Pending:
             flat = pack(chosen)
-            works, rows = wire.gather(flat)
+            rows = flat.new_empty((wire.group.size, *flat.shape))
+            works = wire.gather(flat, rows)
             shapes = [x.shape for x in chosen]
-            finish = functools.partial(unpack_join, rows, shapes, [dims[i] for i in at], [outers[i] for i in at])
-            return Pending(works, finish, (flat, rows))
+            pending = Pending(works, lambda: unpack_join(rows, shapes, [dims[i] for i in at], [outers[i] for i in at]), (flat, rows))
+            return _then(pending, lambda whole: [into[i].copy_(w) if i in into else w for i, w in zip(at, whole, strict=True)])
 
-        return _bucket(wire, xs, packed, lambda i: self.all_gather(xs[i], axes, dims[i], outers[i]))
+        return _bucket(wire, xs, packed, lambda i: self.all_gather(xs[i], axes, dims[i], outers[i], into.get(i)))
 
 
 def _then(pending: Pending, change: Callable[[Any], Any]) -> Pending:

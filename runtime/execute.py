@@ -27,10 +27,12 @@ from .collectives import Communicator
 from .groups import AxisGroups
 from .memory import MemoryAccount, MemoryLimitError, MemoryReport
 from .program import STORED_KINDS, LocalProgram, Port
+from .reuse import gathers_in_place
 from .state import ProgramState
 
 __all__ = ["Executor", "MemoryLimitError", "MemoryReport", "ProgramText", "program_axes"]
 
+Overwrites = dict[fx.Node, dict[int, fx.Node]]  # as `reuse.gathers_in_place` returns
 _INLINE = (int, bool, type(None))  # constants written into the text as they are
 
 
@@ -76,9 +78,10 @@ def _describe(node: fx.Node) -> str:
 class _Writer:
     """Writes the text of a graph. tracked: with reports to a memory account. lockstep: with collectives as yields."""
 
-    def __init__(self, graph: fx.Graph, *, tracked: bool, lockstep: bool) -> None:
+    def __init__(self, graph: fx.Graph, *, tracked: bool, lockstep: bool, into: Overwrites) -> None:
         self.tracked = tracked
         self.lockstep = lockstep
+        self.into = into
         self.nodes = list(graph.nodes)
         self.order = _hoisted(self.nodes)
         self.slot = {node: i for i, node in enumerate(self.nodes)}
@@ -88,7 +91,7 @@ class _Writer:
         self.line_nodes: dict[int, fx.Node] = {}
 
     def text(self) -> str:
-        dying = _dying(self.order)
+        dying = _dying(self.order, self.into)
         placeholders = [node for node in self.order if node.op == "placeholder"]
         self.lines.append("def step(inputs, track, drop):" if self.tracked else "def step(inputs):")
         self._add("[" + ", ".join(map(self._name, placeholders)) + "] = inputs")
@@ -120,10 +123,18 @@ class _Writer:
         args = [self._value(arg) for arg in node.args]
         kwargs = [f"{name}={self._value(value)}" for name, value in node.kwargs.items()]
         target = self._constant(node.target)
+        if node in self.into:
+            kwargs.append("into=" + self._into(node))
         if self.lockstep and node.target in collectives.STARTS:
             named = "{" + ", ".join(f"{name!r}: {self._value(value)}" for name, value in node.kwargs.items()) + "}"
             return f"yield ({target}, ({''.join(a + ', ' for a in args)}), {named})"
         return f"{target}({', '.join(args + kwargs)})"
+
+    def _into(self, node: fx.Node) -> str:
+        olds = self.into[node]
+        if node.target is collectives.all_gather:
+            return self._name(olds[0])
+        return "{" + ", ".join(f"{i}: {self._name(old)}" for i, old in olds.items()) + "}"
 
     def _value(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -187,12 +198,12 @@ def _hoisted(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return order
 
 
-def _dying(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the values it is the last to use."""
+def _dying(order: Sequence[fx.Node], into: Overwrites) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the values it is the last to use or to overwrite."""
     seen: set[fx.Node] = set()
     out: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
-        for used in node.all_input_nodes:
+        for used in (*node.all_input_nodes, *into.get(node, {}).values()):
             if used not in seen:
                 seen.add(used)
                 out.setdefault(node, []).append(used)
@@ -219,9 +230,12 @@ def _plain(value: Any) -> Any:
 _programs = iter(range(1 << 62))
 
 
-def write(graph: fx.Graph, *, tracked: bool = False, lockstep: bool = False) -> ProgramText:
-    """The function of a graph: `step(inputs)`, or `step(inputs, track, drop)` where tracked. It empties the list `inputs`."""
-    writer = _Writer(graph, tracked=tracked, lockstep=lockstep)
+def write(graph: fx.Graph, *, tracked: bool = False, lockstep: bool = False, into: Overwrites | None = None) -> ProgramText:
+    """The function of a graph: `step(inputs)`, or `step(inputs, track, drop)` where tracked. It empties the list `inputs`.
+
+    into: gathers that write over old values (see `reuse`).
+    """
+    writer = _Writer(graph, tracked=tracked, lockstep=lockstep, into=into or {})
     source = writer.text()
     filename = f"<opweave program {next(_programs)}>"
     module = compile(source, filename, "exec")
@@ -286,7 +300,8 @@ class Executor:
         self._step: Callable[..., Any] | None = None
         groups.prepare(program_axes(program.graph))
         self._communicator = Communicator(groups)
-        self._text = write(program.graph)
+        self._into = gathers_in_place(program)
+        self._text = write(program.graph, into=self._into)
         if state is not None:
             self.state = state
 
@@ -323,7 +338,7 @@ class Executor:
         return store_outputs(self.program, self.state, results)
 
     def _run_tracked(self, values: list[Any]) -> Sequence[Any]:
-        text = write(self.program.graph, tracked=True)
+        text = write(self.program.graph, tracked=True, into=self._into)
         account = MemoryAccount(slot_names(self.program), stored_slots(self.program), self.limit_bytes)
         step = text.bind(self._bindings())
         try:
@@ -383,7 +398,7 @@ def store_outputs(program: LocalProgram, state: ProgramState, results: Sequence[
     out = []
     for port, value in zip(program.outputs, results, strict=True):
         if port.kind in STORED_KINDS:
-            state.tensors[port.key] = value
+            state.put(port.key, value)
         else:
             out.append(value)
     return out

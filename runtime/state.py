@@ -41,6 +41,7 @@ class ProgramState:
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, Key] = field(default_factory=dict)
     others: dict[str, torch.Tensor] = field(default_factory=dict)
+    shared: set[Key] = field(default_factory=set)  # tensors that are the model's own
 
     # -- making -------------------------------------------------------------------------------------------------------
 
@@ -85,8 +86,20 @@ class ProgramState:
         names = {port.fqn: key for key, port in program.stored.items() if port.kind != "state"}
         state = cls(program, coords, names=names)
         for key, port in program.stored.items():
-            state.tensors[key] = _piece(port, full, coords, torch.device(device), share)
+            piece = state.tensors[key] = _piece(port, full, coords, torch.device(device), share)
+            if key in full and piece.data_ptr() == full[key].data_ptr():
+                state.shared.add(key)
         return state
+
+    def put(self, key: Key, value: torch.Tensor) -> None:
+        """Store the new value of a tensor. The model's own memory is kept; other memory is given up for the new."""
+        held = self.tensors[key]
+        if value is held:
+            return
+        if key in self.shared:
+            held.copy_(value)
+        else:
+            self.tensors[key] = value
 
     def check(self, program: LocalProgram) -> None:
         """Raise ValueError where this state does not hold what a program stores."""

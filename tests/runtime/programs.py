@@ -19,19 +19,20 @@ def sharded(shape, mesh, axes, factors=None) -> ShardSpec:
     return ShardSpec(shape=tuple(shape), factors=factors or tuple((s,) for s in shape), axes=tuple(axes), mesh=mesh)
 
 
-def linear_program(mesh=(2,), kind="AdamW", batch=8, width=4, dtype=torch.float32, zero=False) -> LocalProgram:
+def linear_program(mesh=(2,), kind="AdamW", batch=8, width=4, dtype=torch.float32, zero=0, zero_dim=0) -> LocalProgram:
     """One training step of loss = mean((x w)^2) under data parallelism over axis 0.
 
-    With `zero`, the weight and its state are split over axis 0: gathered for use, the gradient reduce-scattered.
+    zero=2: the update and its state are split over axis 0, in dim `zero_dim`; the new weight is gathered. zero=3: so is the weight itself,
+    gathered for use.
     """
     graph = fx.Graph()
     add, call = graph.placeholder, graph.call_function
-    add("coords")
+    coords = add("coords")
     x, w = add("x"), add("w")
     slots = update.STATE_SLOTS[kind][:2]
     states = [add(name) for name in slots]
     full = w
-    if zero:
+    if zero == 3:
         full = call(co.wait, (call(co.all_gather, (w, (0,), 0, 1)),))
     y = call(aten.mm.default, (x, full))
     square = call(aten.mul.Tensor, (y, y))
@@ -40,16 +41,20 @@ def linear_program(mesh=(2,), kind="AdamW", batch=8, width=4, dtype=torch.float3
     loss = call(co.all_reduce, (scaled, (0,), "sum"))
     dy = call(aten.mul.Tensor, (y, 2 / (batch * width)))
     dw = call(aten.mm.default, (call(aten.t.default, (x,)), dy))
-    dw = call(co.reduce_scatter, (dw, (0,), 0, 1)) if zero else call(co.all_reduce, (dw, (0,)))
+    dw = call(co.reduce_scatter, (dw, (0,), zero_dim, 1)) if zero else call(co.all_reduce, (dw, (0,)))
     dw = call(co.wait, (dw,))
-    new = call(update.fused_update, ([w], [dw], [states], kind, 0, ["w"]))
+    piece = call(co.take_shard, (w, coords, (0,), mesh[:1], zero_dim, 1)) if zero == 2 else w
+    new = call(update.fused_update, ([piece], [dw], [states], kind, 0, ["w"]))
     values = [call(operator.getitem, (new, i)) for i in range(1 + len(states))]
+    if zero == 2:
+        values[0] = call(co.wait, (call(co.all_gather, (values[0], (0,), zero_dim, 1)),))
     loss = call(co.wait, (loss,))
     graph.output((loss, *values))
 
-    weight = sharded((width, width), mesh, [(0, 0)] if zero else [None], None)
+    split, whole = sharded((width, width), mesh, [(zero_dim, 0)]), replicated((width, width), mesh)
+    weight, moments = {0: (whole, whole), 2: (whole, split), 3: (split, split)}[zero]
     ports = [Port(name="w", kind="param", fqn="w", group=0, dtype=dtype, spec=weight)]
-    ports += [Port(name=slot, kind="state", fqn="w", slot=slot, group=0, dtype=dtype, spec=weight) for slot in slots]
+    ports += [Port(name=slot, kind="state", fqn="w", slot=slot, group=0, dtype=dtype, spec=moments) for slot in slots]
     data = Port(name="x", kind="batch", fqn="x", dtype=dtype, spec=sharded((batch, width), mesh, [(0, 0)]))
     loss_port = Port(name="loss", kind="loss", fqn="", dtype=dtype, spec=replicated((), mesh))
     return LocalProgram(mesh=mesh, graph=graph, inputs=(data, *ports), outputs=(loss_port, *ports), optimizer=kind)

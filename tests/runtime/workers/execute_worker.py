@@ -22,11 +22,12 @@ from programs import Linear, batches, linear_program, optimizer_of
 def train() -> None:
     groups = AxisGroups((2,))
     groups.check_agreement({"plan": "the same", "model": "the same"})
-    for zero in (False, True):
-        program = linear_program(zero=zero)
+    for zero, zero_dim in ((0, 0), (2, 0), (2, 1), (3, 0)):
+        program = linear_program(zero=zero, zero_dim=zero_dim)
         model = Linear()
         optimizer = optimizer_of("AdamW", model.parameters())
         executor = Executor(program, groups, optimizer=optimizer, state=ProgramState.from_model(program, model, groups.coords))
+        memory = executor.state.tensors["param", "w", ""].data_ptr()
         states = [ProgramState.from_model(program, model, unravel(rank, (2,))) for rank in range(2)]
         lockstep = LockstepExecutor(program, optimizer, states=states)
         for x in batches():
@@ -35,6 +36,7 @@ def train() -> None:
             assert torch.equal(loss, expected), f"{loss} {expected}"
             for key, value in executor.state.tensors.items():
                 assert torch.equal(value, states[groups.rank].tensors[key]), f"{key} differs"
+        assert memory == executor.state.tensors["param", "w", ""].data_ptr(), "the new weight is in new memory"
     dist.barrier()
     print("execute ok", flush=True)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import Linear, batches, linear_program, optimizer_of
 
 
-def executor_of(groups: AxisGroups, zero: bool) -> Executor:
+def executor_of(groups: AxisGroups, zero: int) -> Executor:
     program, model = linear_program(mesh=groups.mesh, zero=zero), Linear()
     state = ProgramState.from_model(program, model, groups.coords)
     return Executor(program, groups, optimizer=optimizer_of("AdamW", model.parameters()), state=state)
@@ -25,7 +25,7 @@ def executor_of(groups: AxisGroups, zero: bool) -> Executor:
 
 def move(folder: Path) -> None:
     groups = AxisGroups((2,))
-    plain, split = executor_of(groups, zero=False), executor_of(groups, zero=True)
+    plain, split = executor_of(groups, zero=0), executor_of(groups, zero=3)
     for executor in (plain, split):
         assert executor.state.load(folder / "one", groups) == {"num_steps": 1}
     for executor in (plain, split):
