@@ -13,6 +13,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from ..runtime import ops as runtime_ops
 from .rule import argument_names
@@ -107,6 +108,8 @@ def split(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
 def group_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     local, whole = cut.operand_shape(0), cut.operand_whole(0)
     group = cut.argument("group") * local[1] // whole[1]
+    # The kernel takes its operands for contiguous, which pieces need not be.
+    args = [e.op(aten.contiguous.default, a) if isinstance(a, fx.Node) else a for a in args]
     return _call(e, cut, args, kwargs, N=local[0], C=local[1], group=group)
 
 

@@ -364,8 +364,9 @@ class Lowering:
         e = self.e
         if step.kind == "slice":
             piece = e.take(x, axes, *self._place(value, spec, step.target))
-            # Some kernels of torch take saved statistics for contiguous without looking. Parameters stay views: updates write through them.
-            return _ready(piece if value.op == "placeholder" else e.op(torch.ops.aten.contiguous.default, piece))
+            # Some kernels of torch take saved statistics for contiguous without looking. State stays a view: updates write through it.
+            written = value.op == "placeholder" and self._infos[value].kind in ("param", "state")
+            return _ready(piece if written else e.op(torch.ops.aten.contiguous.default, piece))
         if step.kind == "zero":
             return _ready(e.zero_unless_first(x, axes))
         kind = PARTIAL_NAME.get(step.source, "sum")

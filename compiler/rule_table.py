@@ -276,7 +276,8 @@ def generated(flag: str) -> Callable[[fx.Node], Rule]:
 
     def make(node: fx.Node) -> Rule:
         names = letters(len(shape(node)))
-        operands: tuple[TensorDims, ...] = tuple(tuple((f"i{k}_{i}",) for i in range(len(shape(v)))) for k, v in enumerate(tensor_args(node)))
+        values = tensor_args(node)
+        operands: tuple[TensorDims, ...] = tuple(tuple((f"i{k}_{i}",) for i in range(len(shape(v)))) for k, v in enumerate(values))
         if operands and all(shape(v) == shape(node) for v in tensor_args(node)):
             operands = (tuple(names),) * len(operands)  # zeros_like: the operand's own layout is the natural one
         elif any(operands):
