@@ -246,8 +246,8 @@ ROWS: tuple[Row, ...] = (
     _row("unet3d-tiny", "unet3d", "UNet3d", (8, 8), 18_692, _OURS, _own, in_channels=1, channels=(8, 16), num_classes=4),
     _row("mlp", "mlp", "Mlp", (4096, 4096), 138_445_824, _OURS, _own, width=4096, depth=8, num_classes=1024),
     _row("mlp-tiny", "mlp", "Mlp", (8, 64), 9_360, _OURS, _own, width=64, depth=2, num_classes=16),
-    _row("convnet", "convnet", "ConvNet", (64, 64), 628_712, _OURS, _own, channels=(64, 128, 256), num_classes=1000),
-    _row("convnet-tiny", "convnet", "ConvNet", (8, 16), 1_712, _OURS, _own, channels=(8, 16), num_classes=16),
+    _row("convnet", "convnet", "ConvNet", (64, 64), 628_264, _OURS, _own, channels=(64, 128, 256), num_classes=1000),
+    _row("convnet-tiny", "convnet", "ConvNet", (8, 16), 1_688, _OURS, _own, channels=(8, 16), num_classes=16),
     _row("gnn", "gnn", "Gnn", (64, 1024), 12_919_872, _OURS, _own, features=256, width=1024, depth=4, num_classes=64),
     _row("gnn-tiny", "gnn", "Gnn", (8, 16), 7_080, _OURS, _own, features=16, width=32, depth=2, num_classes=8),
 )  # fmt: skip

@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Convolution, batch norm, ReLU and max-pooling per stage, then a classifier."""
+    """Convolution, batch norm, ReLU and max-pooling per stage, then a classifier. A bias in front of a batch norm would do nothing."""
 
     def __init__(self, channels: tuple[int, ...], num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ConvNet(nn.Module):
         self.stages = nn.ModuleList()
         before = in_channels
         for count in channels:
-            self.stages.append(nn.Sequential(nn.Conv2d(before, count, 3, padding=1), nn.BatchNorm2d(count), nn.ReLU(inplace=True)))
+            self.stages.append(nn.Sequential(nn.Conv2d(before, count, 3, padding=1, bias=False), nn.BatchNorm2d(count), nn.ReLU(True)))
             before = count
         self.head = nn.Linear(before, num_classes)
 
