@@ -6,7 +6,6 @@ waits for the device, so overlap is not seen there; the step time is measured ap
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ FORMAT = "opweave-profile"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A recorded run. step_time_s: median, slowest rank. seconds: by instruction name, of this rank."""
+    """A recorded run. step_time_s: lower quintile of the steps, slowest rank. seconds: by instruction name, of this rank."""
 
     step_time_s: float
     peak_bytes: int
@@ -59,9 +58,14 @@ def run_profile(step: TrainingStep, batch: Any, *, steps: int = 10) -> Profile:
         _synchronise()
         times.append(time.perf_counter() - begin)
     assert step.executor is not None and step.executor.memory is not None
-    runs = [_timed_instructions(step, batch) for _ in range(max(3, steps // 2))]
-    seconds = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    return Profile(step_time_s=_slowest(statistics.median(times)), peak_bytes=step.executor.memory.peak_bytes, seconds=seconds)
+    runs = [_timed_instructions(step, batch) for _ in range(max(3, steps))]
+    seconds = {name: _quintile([run[name] for run in runs]) for name in runs[0]}
+    return Profile(step_time_s=_slowest(_quintile(times)), peak_bytes=step.executor.memory.peak_bytes, seconds=seconds)
+
+
+def _quintile(times: list[float]) -> float:
+    """The lower quintile, as calibration takes it: other programs on the machine disturb it little."""
+    return sorted(times)[len(times) // 5]
 
 
 def _timed_instructions(step: TrainingStep, batch: Any) -> dict[str, float]:
@@ -72,20 +76,21 @@ def _timed_instructions(step: TrainingStep, batch: Any) -> dict[str, float]:
     run = write(program.graph, tracked=True).bind(executor._bindings())
     pieces = shard_inputs(program, step._inputs(batch), executor.groups.coords)
     values = [executor.groups.coords, *gather_inputs(program, executor.state, pieces, executor.device)]
-    seconds: dict[str, float] = {}
-    last = [0.0]
+    clock, wait = time.perf_counter, torch.cuda.synchronize if torch.cuda.is_available() else None
+    reports: list[tuple[int, float]] = []
 
     def track(slot: int, _: Any) -> None:
-        _synchronise()
-        now = time.perf_counter()
-        seconds[nodes[slot].name] = now - last[0]
-        last[0] = now
+        if wait is not None:
+            wait()
+        reports.append((slot, clock()))
 
     _barrier()
-    last[0] = time.perf_counter()
+    begin = clock()
     with torch.no_grad():
         store_outputs(program, executor.state, run(values, track, lambda slots: None))
-    return {name: s for name, s in seconds.items() if name in {n.name for n in nodes if n.op == "call_function"}}
+    seconds = {nodes[slot].name: at - before for (slot, at), before in zip(reports, [begin, *(at for _, at in reports)], strict=False)}
+    names = {n.name for n in nodes if n.op == "call_function"}
+    return {name: s for name, s in seconds.items() if name in names}
 
 
 def _barrier() -> None:

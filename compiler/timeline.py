@@ -21,7 +21,7 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.collectives import collective_seconds
 from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
-from ..cost_model.work import Work, op_work
+from ..cost_model.work import NO_WORK, Work, op_work
 from ..runtime import collectives, update
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..torch_compat import FakeTensorMode, OpOverload
@@ -219,8 +219,8 @@ class _Writer:
             return COLLECTIVES, self._collective_seconds(kind, node), kind
         if target is collectives.wait:
             return COMPUTE, 0.0, "wait"
-        work, dtype = self._work(node)
-        return COMPUTE, work_seconds(work, self.cluster.device, dtype), work.op_class
+        works, dtype = self._works(node)
+        return COMPUTE, sum(work_seconds(work, self.cluster.device, dtype) for work in works), works[0].op_class
 
     def _collective_seconds(self, kind: str, node: fx.Node) -> float:
         axes: Any = node.args[1]
@@ -230,23 +230,24 @@ class _Writer:
         whole = _num_bytes(self.values[node].held) * (n if kind in ("all_gather", "all_to_all") else 1)
         return collective_seconds(kind, whole, n, self.links[axes])
 
-    def _work(self, node: fx.Node) -> tuple[Work, str]:
+    def _works(self, node: fx.Node) -> tuple[list[Work], str]:
+        """What a node does, and in which dtype. An update goes through its parameters one by one."""
         made = _tensors(self.values[node])
         if node.target is update.fused_update:
             params: Any = fx.map_arg(node.args[0], lambda n: self.values[n])
             shapes = [tuple(p.shape) for p in params]
             states = len(made) // max(1, len(params)) - 1
-            return op_work("opweave::update", shapes * (2 + states), shapes * (1 + states)), "float32"
+            return [op_work("opweave::update", [s] * (2 + states), [s] * (1 + states)) for s in shapes], "float32"
         used = [t for n in node.all_input_nodes for t in _tensors(self.values[n])]
         if made and all(s in self._used_storages(node) for s in self.storages[node]):
-            return Work(0.0, 0.0, "view"), "float32"
+            return [NO_WORK], "float32"
         plain = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, fx.Node)]
         name = op_name(node) if isinstance(node.target, OpOverload) else "clone"
         work = op_work(
             name, [tuple(t.shape) for t in used], [tuple(t.shape) for t in made], plain,
             [t.element_size() for t in used], [t.element_size() for t in made],
         )  # fmt: skip
-        return work, str((made or used)[0].dtype).removeprefix("torch.") if made or used else "float32"
+        return [work], str((made or used)[0].dtype).removeprefix("torch.") if made or used else "float32"
 
     def _used_storages(self, node: fx.Node) -> set[int]:
         return {s for n in node.all_input_nodes for s in self.storages.get(n, ())}

@@ -104,6 +104,7 @@ def _steps(start: Cluster, device: torch.device, options: Options, connect: Conn
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
     steps: list[Step] = [(f"op {row.name}", partial(op_sample, row, device, options.budget_s)) for row in rows]
+    steps.append(("views", partial(_view_sample, options.budget_s)))
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
         steps.append((f"copy {direction}", partial(_copy_sample, direction, device, sizes, options.budget_s)))
@@ -120,6 +121,11 @@ def op_sample(row: measure.Row, device: torch.device, budget_s: float) -> Any:
     timing = measure.measure(row, device, budget_s=budget_s)
     seconds = mean(timing.seconds if timing else None)
     return None if timing is None or seconds is None else {"work": list(timing.work), "dtype": timing.dtype, "seconds": seconds}
+
+
+def _view_sample(budget_s: float) -> float | None:
+    barrier()
+    return mean(measure.view_seconds(budget_s))
 
 
 def _copy_sample(direction: str, device: torch.device, sizes: list[int], budget_s: float) -> list[list[float]]:

@@ -82,7 +82,8 @@ class Device:
 
     peak_flops: dense FLOP/s by dtype name ("float32", "tf32", "bfloat16", "float16", "float64"). efficiency: per op class
     (`work.OP_CLASSES`) the fraction of the binding peak that large ops reach; a class that is not named has the default of
-    `kernels.py`. reserved_bytes: what context, libraries and communication buffers take before any tensor. tables: measured curves,
+    `kernels.py`. reserved_bytes: what context, libraries and communication buffers take before any tensor. launch_s: of one kernel.
+    view_s: of an op that only makes a view (0 on a GPU, whose host runs ahead). tables: measured curves,
     `"class/dtype" -> ...`, see `kernels.py`.
     """
 
@@ -94,6 +95,7 @@ class Device:
     usable_fraction: float = 1.0
     reserved_bytes: int = 0
     launch_s: float = 0.0
+    view_s: float = 0.0
     efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
     update_elements_per_s: float | None = None
     power_w: float | None = None
@@ -108,7 +110,8 @@ class Device:
             raise ClusterError(f"device.peak_flops names {sorted(self.peak_flops)}; float32 is needed, others fall back to it")
         _fraction("device", usable_fraction=self.usable_fraction)
         _fraction("device.efficiency", **self.efficiency)
-        _not_negative("device", reserved_bytes=self.reserved_bytes, launch_s=self.launch_s, power_w=self.power_w)
+        _not_negative("device", reserved_bytes=self.reserved_bytes, launch_s=self.launch_s, view_s=self.view_s)
+        _not_negative("device", power_w=self.power_w)
         if self.usable_bytes <= 0:
             raise ClusterError(
                 f"device.reserved_bytes ({self.reserved_bytes}) leaves nothing of device.memory_bytes ({self.memory_bytes}) "

@@ -99,6 +99,7 @@ def _describe_cpu(per_node: int, quick: bool) -> dict[str, Any]:
         "memory_bandwidth_bytes_per_s": bandwidth,
         "peak_flops": flops,
         "launch_s": launch,
+        "view_s": launch / 2,
         "update_elements_per_s": update,
     }
     host = {

@@ -44,7 +44,7 @@ def _timings(samples: Mapping[str, Any]) -> dict[tuple[str, str], list[Timing]]:
 def fitted(start: Cluster, samples: Mapping[str, Any], *, seconds: float, quick: bool) -> Cluster:
     """The start cluster with all that was measured. Raises ClusterError, ValueError where a measurement cannot be."""
     timings = _timings(samples)
-    device = replace(start.device, **_peaks(start, timings))
+    device = replace(start.device, **_peaks(start, timings, samples))
     tables, residuals = {}, {}
     for (op_class, dtype), found in sorted(timings.items()):
         table, residual = fit.fit_class(op_class, dtype, found, device)
@@ -68,13 +68,14 @@ def fitted(start: Cluster, samples: Mapping[str, Any], *, seconds: float, quick:
     return Cluster.from_dict(cluster.to_dict())  # what cannot be read back must not be written
 
 
-def _peaks(start: Cluster, timings: Mapping[tuple[str, str], list[Timing]]) -> dict[str, Any]:
-    """The best rates seen: FLOP/s of matrix products by dtype, bytes per second, elements updated per second."""
+def _peaks(start: Cluster, timings: Mapping[tuple[str, str], list[Timing]], samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The best rates seen: FLOP/s of matrix products by dtype, bytes per second, elements updated per second; seconds of a view."""
     peaks = {dtype: max(t.work.flops / t.seconds for t in found) for (c, dtype), found in timings.items() if c == "matmul"}
     streams = [t for (c, dtype), found in timings.items() if c in ("pointwise", "copy") and dtype == "float32" for t in found]
     large = [t for t in streams if t.work.bytes >= 1 << 22] or streams
+    views = {"view_s": samples["views"]} if start.device.kind == "cpu" and "views" in samples else {}
     updates = [t for (c, dtype), found in timings.items() if c == "update" and dtype == "float32" for t in found]
-    found: dict[str, Any] = {"peak_flops": {**start.device.peak_flops, **peaks}}
+    found: dict[str, Any] = {"peak_flops": {**start.device.peak_flops, **peaks}, **views}
     if large:
         found["memory_bandwidth_bytes_per_s"] = max(t.work.bytes / t.seconds for t in large)
     if updates:

@@ -104,9 +104,9 @@ def ideal_seconds(work: Work, device: Device, dtype: str) -> float:
 
 
 def work_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
-    """Predicted seconds of one kernel; 0 for views. The scalar form of `kernel_seconds`, half a microsecond."""
+    """Predicted seconds of one kernel. The scalar form of `kernel_seconds`; takes half a microsecond."""
     if work.op_class == "view":
-        return 0.0
+        return device.view_s
     c = curve(device, work.op_class, dtype)
     ideal = max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
     if c.log_ideal:
@@ -136,7 +136,7 @@ def kernel_seconds(
     """Predicted seconds of kernels of one class and dtype, as arrays that broadcast: flops, bytes, smallest side of the product."""
     flops, num_bytes = np.asarray(flops, dtype=float), np.asarray(num_bytes, dtype=float)
     if op_class == "view":
-        return np.zeros(np.broadcast_shapes(flops.shape, num_bytes.shape))
+        return np.full(np.broadcast_shapes(flops.shape, num_bytes.shape), device.view_s)
     c = curve(device, op_class, dtype)
     ideal = np.maximum(flops * c.seconds_per_flop * (1 + c.half_dim / np.asarray(min_dim, dtype=float)), num_bytes * c.seconds_per_byte)
     if not c.log_ideal:

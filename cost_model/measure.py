@@ -1,8 +1,8 @@
 """What calibration times: ops over sizes and dtypes, copies, disk, updates. Rows of (op, arguments); their work follows from the shapes.
 
-Inputs are taken in turn from several copies that together exceed the caches, as in a training step, where each op finds new data. A
-time is the lower quintile of the runs, which other programs on the machine disturb little. On a GPU a run is timed between two events, on
-a CPU by the clock.
+In a training step each op finds other data in the caches and other code in the processor than its own. So inputs are taken in turn from
+several copies that together exceed the caches, and on a CPU a few other ops run, untimed, before each timed run. A time is the lower
+quintile of the runs, which other programs on the machine disturb little. On a GPU a run is timed between two events, on a CPU by the clock.
 """
 
 from __future__ import annotations
@@ -187,12 +187,15 @@ def _update(elements: int, device: torch.device, dtype: torch.dtype) -> list[Any
 
 
 class _Update:
-    """One fused AdamW step over a parameter of n elements."""
+    """One fused AdamW step over some parameters of n elements each, as a model has many."""
 
     def __init__(self, elements: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.parameter = torch.nn.Parameter(torch.zeros(elements, device=device, dtype=dtype))
-        self.parameter.grad = torch.ones_like(self.parameter)
-        self.optimizer = torch.optim.AdamW([self.parameter], lr=1e-3, fused=True)
+        self.num_parameters = 16 if elements <= 1 << 17 else 1
+        self.shape = (elements,)
+        made = [torch.nn.Parameter(torch.zeros(elements, device=device, dtype=dtype)) for _ in range(self.num_parameters)]
+        for parameter in made:
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer = torch.optim.AdamW(made, lr=1e-3, fused=True)
 
     def __call__(self) -> None:
         self.optimizer.step()
@@ -226,8 +229,7 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 
 def _work(row: Row, args: Sequence[Any], result: Any) -> Work:
     if row.op == "opweave.update":
-        parameter = args[0].parameter
-        shape = tuple(parameter.shape)
+        shape = args[0].shape
         return op_work("opweave::update", [shape] * 4, [shape] * 3, (), row.dtype.itemsize, row.dtype.itemsize)
     ins, outs = _tensors(args), _tensors(result if isinstance(result, list | tuple) else [result])
     plain = [arg for arg in args if not isinstance(arg, torch.Tensor)]
@@ -251,6 +253,8 @@ def measure(row: Row, device: torch.device, *, budget_s: float) -> Timing | None
     inputs = [args, *(row.build(device, row.dtype) for _ in range(copies - 1))]
     with torch.no_grad():
         seconds = _time(lambda i: function(*inputs[i % copies]), device, budget_s)
+    if row.op == "opweave.update":
+        seconds /= args[0].num_parameters
     return Timing(work=work, dtype=dtype_name(row.dtype), seconds=seconds)
 
 
@@ -259,13 +263,33 @@ def _time(run: Callable[[int], Any], device: torch.device, budget_s: float) -> f
     if device.type == "cuda":
         return _time_cuda(run, budget_s)
     run(0)
+    others = _OtherOps()
     times: list[float] = []
     deadline = time.perf_counter() + budget_s
     while len(times) < 5 or (time.perf_counter() < deadline and len(times) < 2000):
+        others.run()
         begin = time.perf_counter()
         run(len(times) + 1)
         times.append(time.perf_counter() - begin)
     return sorted(times)[len(times) // 5]
+
+
+class _OtherOps:
+    """What a step does between two runs of an op: another product, a normalisation, a pass over some memory."""
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(1 << 18)
+        self.matrix = torch.rand(32, 32)
+
+    def run(self) -> None:
+        self.memory.add_(1.0)
+        torch.nn.functional.layer_norm(torch.mm(self.matrix, self.matrix).t(), (32,)).tanh_().sum()
+
+
+def view_seconds(budget_s: float = 0.02) -> float:
+    """Seconds of an op that only makes a view: what dispatching an op costs on the host."""
+    x = torch.rand(8, 8)
+    return _time(lambda _: torch.ops.aten.t.default(x), torch.device("cpu"), budget_s)
 
 
 def _time_cuda(run: Callable[[int], Any], budget_s: float) -> float:

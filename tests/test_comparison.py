@@ -1,0 +1,54 @@
+"""Predicted against measured on a real, tiny plan of one device; and the commands around it."""
+
+import json
+
+import pytest
+from opweave import cli, comparison
+from typer.testing import CliRunner
+
+
+def run(*args):
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert run("plan", "opt-tiny", "--cluster", "cpu", "--batch", "4x16", "-o", path, "--json")[0] == 0
+    return path
+
+
+def test_simulate_prints_times_peaks_and_writes_a_trace(plan_file, tmp_path):
+    code, out, _ = run("simulate", plan_file, "--trace", tmp_path / "t.json", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["step_time_s"] > 0 and report["peak_bytes"]["device"] > 0
+    assert report["classes"]["matmul"] > 0 and report["owners"]["device"] and report["joules"] > 0
+    spans = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert len(spans) == report["num_instructions"]
+    code, _, err = run("simulate", plan_file, "--cluster", "cpu:4")
+    assert code == 2 and "the plan is for 1 devices, cluster 'cpu:4' has 4" in err
+
+
+def test_compare_runs_records_and_reads_back(plan_file, tmp_path):
+    code, out, _ = run("compare", plan_file, "--steps", "2", "--record", tmp_path / "p.json", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["measured"]["step_time_s"] > 0
+    assert report["peak_error"] == 0, "the simulated peak is the executor's, byte for byte"
+    classes = {row["class"]: row for row in report["rows"]}
+    assert classes["matmul"]["measured_s"] > 0 and classes["update"]["predicted_s"] > 0
+    again = json.loads(run("compare", plan_file, "--profile", tmp_path / "p.json", "--json")[1])
+    assert again["measured"] == report["measured"]
+
+
+def test_compare_refuses_what_is_no_profile(plan_file, tmp_path):
+    (tmp_path / "p.json").write_text("{}")
+    code, _, err = run("compare", plan_file, "--profile", tmp_path / "p.json")
+    assert code == 2 and "record one with `opweave compare PLAN --record FILE`" in err
+
+
+def test_profiles_survive_json():
+    profile = comparison.Profile(step_time_s=0.1, peak_bytes=5, seconds={"mm": 0.01})
+    assert comparison.Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
