@@ -10,18 +10,40 @@ from typing import Any
 
 import torch
 
-from . import update
+from . import collectives, update
 from .execute import slot_names, stored_slots, write
 from .groups import group_ranks
-from .lockstep import DEFINITIONS, collective_request
+from .lockstep import collective_request
 from .memory import MemoryAccount, MemoryReport
 from .program import LocalProgram
+from .reuse import gathers_in_place
 from .sharding import unravel
 
 
 def _update(params: list[torch.Tensor], grads: list[Any], states: list[list[torch.Tensor]], *_: Any) -> list[torch.Tensor]:
     """What the fused update returns: parameters and states, changed in place."""
     return [*params, *(state for slots in states for state in slots)]
+
+
+def _result(collective: Any, value: Any, n: int, options: dict[str, Any]) -> Any:
+    """A new tensor (or a list of them) of the shape a collective over n devices yields."""
+    if n == 1:
+        return value
+    if isinstance(value, list):
+        dims = options.get("dims", [None] * len(value))
+        return [_shaped(collective, x, n, dim, None) for x, dim in zip(value, dims, strict=True)]
+    split, gather = options.get("split_dim"), options.get("gather_dim")
+    return _shaped(collective, value, n, options.get("dim", split), gather)
+
+
+def _shaped(collective: Any, x: torch.Tensor, n: int, dim: int | None, gather_dim: int | None) -> torch.Tensor:
+    shape = list(x.shape)
+    if gather_dim is not None:
+        shape[gather_dim] *= n
+    if dim is not None:
+        grows = collective in (collectives.all_gather, collectives.all_gather_bucket)
+        shape[dim] = shape[dim] * n if grows else shape[dim] // n
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 @torch.no_grad()
@@ -33,7 +55,7 @@ def dry_run(program: LocalProgram) -> MemoryReport:
         assert port.spec is not None, f"{port.name} has no layout"
         values.append(torch.empty(port.spec.local_shape(), dtype=port.dtype, device="meta"))
     stored = list(values)  # alive all the time, as in a state: an address must not be given to another storage
-    text = write(program.graph, lockstep=True, tracked=True)
+    text = write(program.graph, lockstep=True, tracked=True, into=gathers_in_place(program))
     rank = text.bind({update.fused_update: _update})(values, account.track, account.drop)
     sizes: dict[tuple[int, ...], int] = {}
     answer = None
@@ -46,8 +68,12 @@ def dry_run(program: LocalProgram) -> MemoryReport:
         except Exception as error:
             text.explain(error)
             raise
+        into = request[2].pop("into", None)
         value, options = collective_request(request)
         axes = tuple(options.pop("axes"))
         if axes not in sizes:
             sizes[axes] = len(group_ranks(program.mesh, axes)[0])
-        answer = DEFINITIONS[request[0]]([value] * sizes[axes], **options)[0] if sizes[axes] > 1 else value
+        answer = _result(request[0], value, sizes[axes], options)
+        if into is not None and sizes[axes] > 1:
+            # Received in the memory of the old parameters.
+            answer = [into.get(i, part) for i, part in enumerate(answer)] if isinstance(into, dict) else into

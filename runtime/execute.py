@@ -126,7 +126,9 @@ class _Writer:
         if node in self.into:
             kwargs.append("into=" + self._into(node))
         if self.lockstep and node.target in collectives.STARTS:
-            named = "{" + ", ".join(f"{name!r}: {self._value(value)}" for name, value in node.kwargs.items()) + "}"
+            pairs = [f"{name!r}: {self._value(value)}" for name, value in node.kwargs.items()]
+            pairs += [f"'into': {self._into(node)}"] if node in self.into else []
+            named = "{" + ", ".join(pairs) + "}"
             return f"yield ({target}, ({''.join(a + ', ' for a in args)}), {named})"
         return f"{target}({', '.join(args + kwargs)})"
 
@@ -178,7 +180,7 @@ class _Writer:
 
 def _hoisted(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Execution order: as given, but getitems directly behind what they take apart, and without collectives nobody waits for."""
-    moved = [n for n in nodes if n.op == "call_function" and n.target is operator.getitem]
+    moved = dict.fromkeys(n for n in nodes if n.op == "call_function" and n.target is operator.getitem)
     behind: dict[fx.Node, list[fx.Node]] = {}
     for node in moved:
         assert isinstance(node.args[0], fx.Node), f"{node.name} takes a part of {node.args[0]!r}"
