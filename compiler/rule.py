@@ -151,7 +151,14 @@ def argument_names(node: fx.Node) -> list[str]:
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node, in schema order, lists flattened."""
+    """The tensor operands of a node, in schema order, lists flattened. Remembered: step graphs do not change."""
+    known = node.meta.get("tensor_args")
+    if known is None:
+        known = node.meta["tensor_args"] = _find_tensor_args(node)
+    return known
+
+
+def _find_tensor_args(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
 
     def visit(arg: Any) -> None:
