@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .. import torch_compat
+from .collectives import CommunicationError
 from .sharding import unravel
 
 if TYPE_CHECKING:
@@ -62,9 +64,8 @@ class AxisGroups:
         self.mesh = tuple(mesh)
         self.size = math.prod(self.mesh)
         self.timeout = timeout
-        if self.size > 1:
+        if self.size > 1 or (dist.is_available() and dist.is_initialized()):
             _check_job(self.mesh, self.size)
-        # A plan for one device also runs inside a larger job only when every process is its own job; see _check_job.
         self.rank = dist.get_rank() if self.size > 1 else 0
         self.backend = backend or (_job_backend() if self.size > 1 else "none")
         self.coords = unravel(self.rank, self.mesh)
@@ -134,7 +135,8 @@ class AxisGroups:
             return [result]
         told = None if error is None else (type(error), str(error))
         rows: list[Any] = [None] * self.size
-        dist.all_gather_object(rows, (result, told))
+        with _others_answer():
+            dist.all_gather_object(rows, (result, told))
         failed = next((rank for rank, (_, problem) in enumerate(rows) if problem is not None), None)
         if failed is None:
             return [row[0] for row in rows]
@@ -158,8 +160,21 @@ class AxisGroups:
         row = torch.zeros(_RECORD_BYTES, dtype=torch.uint8)
         row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         rows = torch.empty((self.size, _RECORD_BYTES), dtype=torch.uint8, device=device)
-        torch_compat.all_gather_single(rows.view(-1), row.to(device))
+        with _others_answer():
+            torch_compat.all_gather_single(rows.view(-1), row.to(device))
         return [json.loads(bytes(r.tolist()).rstrip(b"\0")) for r in rows.cpu()]
+
+
+@contextmanager
+def _others_answer() -> Iterator[None]:
+    """Says in our words that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"the ranks could not be asked whether they agree: {error}. Another rank has stopped before it came here; its own "
+            "message, earlier in the output, says why."
+        ) from error
 
 
 def group_ranks(mesh: tuple[int, ...], axes: Axes) -> list[tuple[int, ...]]:
@@ -190,8 +205,8 @@ def _check_job(mesh: tuple[int, ...], size: int) -> None:
     world = dist.get_world_size()
     if world != size:
         raise GroupError(
-            f"the mesh {shape} needs {size} ranks, but this job has {world}. Start `torchrun` with {size} processes in all, or make "
-            f"a plan for {world} devices."
+            f"the mesh {shape} needs {size} rank{'s' if size > 1 else ''}, but this job has {world}. Start `torchrun` with {size} "
+            f"process{'es' if size > 1 else ''} in all, or make a plan for {world} devices."
         )
 
 

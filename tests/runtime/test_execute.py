@@ -48,6 +48,7 @@ def test_two_ranks_equal_lockstep_and_jobs_that_do_not_fit_are_refused():
     assert output.count("execute ok") == 2
     assert output.count("rank refused: the ranks of this job do not run the same program: model differs (rank 0:") == 2
     assert output.count("the mesh 4 needs 4 ranks, but this job has 2") == 2
+    assert output.count("the mesh 1 needs 1 rank, but this job has 2") == 2
 
 
 def one_op_program(build, num_inputs=1, shape=(4,)) -> LocalProgram:
@@ -210,3 +211,4 @@ def test_without_a_job_a_mesh_is_refused():
 def test_a_rank_that_stops_does_not_leave_the_other_waiting():
     output = launch("execute_worker.py", "stop", num_ranks=2, timeout_s=60)
     assert "rank 0 refused: a collective did not complete" in output
+    assert "rank 0 refused: the ranks could not be asked whether they agree" in output

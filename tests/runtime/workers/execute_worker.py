@@ -50,10 +50,11 @@ def disagree() -> None:
 
 
 def world() -> None:
-    try:
-        AxisGroups((4,))
-    except GroupError as error:
-        print(error, flush=True)
+    for mesh in ((4,), (1,)):
+        try:
+            AxisGroups(mesh)
+        except GroupError as error:
+            print(error, flush=True)
 
 
 def stop() -> None:
@@ -66,10 +67,11 @@ def stop() -> None:
     if groups.rank == 1:
         sys.stdout.flush()
         os._exit(0)
-    try:
-        executor.run({"x": torch.ones(4, 4)})
-    except CommunicationError as error:
-        print(f"rank 0 refused: {error}", flush=True)
+    for work in (lambda: executor.run({"x": torch.ones(4, 4)}), lambda: groups.check_agreement({"model": "mine"})):
+        try:
+            work()
+        except CommunicationError as error:
+            print(f"rank 0 refused: {error}", flush=True)
     os._exit(0)
 
 
