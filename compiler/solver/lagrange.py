@@ -31,13 +31,16 @@ SMOOTHING = 0.9
 class Dual:
     """The state of the dual ascent of one model at fixed stream weights; ``run`` continues it."""
 
-    def __init__(self, model: Model, stream_weight: np.ndarray | None = None) -> None:
+    def __init__(self, model: Model, stream_weight: np.ndarray | None = None, warm: Dual | None = None) -> None:
+        """``warm``: another dual of the same model, whose messages to start from."""
         self.model = model
         self.weight = np.zeros(model.num_streams) if stream_weight is None else stream_weight
         self.graph = build_graph(model, self.weight)
         self.rows = build_rows(model)
         self.offset = model.constant + float(self.weight @ model.stream_constant)
         self.msg_off, self.msg = new_messages(self.graph)
+        if warm is not None:
+            self.msg = warm.msg.copy()
         self.unary = self.graph.cost.copy()
         self.x = np.zeros(model.num_nodes, dtype=np.int64)
         self.price = np.zeros(model.num_slots)

@@ -24,7 +24,11 @@ from .substitute import keep_strategies, substitute
 EXACT_ENTRIES = 150_000
 """Finite edge entries up to which the whole remainder goes to the exact solver."""
 
-QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 150, 350, 250, 2500
+QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 80, 400, 250, 2500
+EXACT_ROUNDS = (3, 8)
+"""Rounds after which fixing by bounds and the exact solver are tried again."""
+
+QUICK_MOVES = 4000
 HOT = (0.1, 0.3, 0.03, 1.0, 0.1, 0.03)
 """Starting noise of successive cycles, in units of energy per node."""
 
@@ -36,6 +40,45 @@ Report = Callable[[], None]
 
 def relative_gap(objective: float, bound: float) -> float:
     return max(0.0, objective - bound) / max(abs(objective), 1e-9)
+
+
+class _StreamWeights:
+    """Ascent on the streams' weights (>= 0, sum <= 1), fed with the bound of each trial.
+
+    One stream: the bound is concave in its weight, so halving from 1/2 brackets the best one and thirds refine it. Several: multiplicative
+    weights with a "none" entry, driven by the stream loads of the minimiser (a supergradient).
+    """
+
+    def __init__(self, num: int, first_bound: float) -> None:
+        self.tried = {0.0: first_bound}
+        self.weight, self.num = np.zeros(num), num
+        self.score, self.largest = np.zeros(num + 1), 1e-300
+
+    def next(self, loads: np.ndarray) -> np.ndarray:
+        """``loads``: seconds on each stream at the last minimiser."""
+        if self.num == 1:
+            self.weight = np.array([self._next_single()])
+            return self.weight
+        padded = np.append(loads, 0.0)
+        self.largest = max(self.largest, float(np.abs(padded).max()))
+        self.score += 2.0 / math.sqrt(len(self.tried)) * padded / self.largest
+        self.tried[float(len(self.tried))] = 0.0
+        scaled = np.exp(self.score - self.score.max())
+        return (scaled / scaled.sum())[:-1]
+
+    def record(self, bound: float) -> None:
+        if self.num == 1:
+            self.tried[float(self.weight[0])] = bound
+
+    def _next_single(self) -> float:
+        ordered = sorted(self.tried)
+        best = max(ordered, key=lambda w: self.tried[w])
+        smallest = ordered[1] if len(ordered) > 1 else 1.0
+        if best <= smallest and smallest > 1e-3:
+            return smallest / 2
+        at = ordered.index(best)
+        below, above = ordered[max(at - 1, 0)], ordered[min(at + 1, len(ordered) - 1)]
+        return (best + above) / 2 if above - best > best - below else (best + below) / 2
 
 
 class Run:
@@ -59,7 +102,8 @@ class Run:
         self.quick_start()
         if self.done():
             return
-        self.exact_phase()
+        if np.isfinite(self.model.edge_cost).sum() <= 4 * EXACT_ENTRIES:
+            self.exact_phase()
         if self.done() or self.infeasible:
             return
         self.improve(work_limit)
@@ -92,12 +136,13 @@ class Run:
     def quick_start(self) -> None:
         """Bounds without prices, then prices, and the first selections."""
         self.dual = Dual(self.model)
-        self.dual.run_unpriced(10, self.deadline)
+        self.dual.run_unpriced(30 if self.model.num_streams else 10, self.deadline)
         self.raise_bound(self.dual.bound)
         magnitude = max(abs(float(energy(self.dual.x, self.dual.graph))), float(np.abs(self.dual.graph.cost).max(initial=0.0)) * 1e-3)
         self.unit = max(magnitude, 1e-300) / self.model.num_nodes
         self.searchers = [Searcher(self.dual.graph, self.dual.rows, self.seed * 2 + k, self.unit) for k in range(2)]
-        self.take(self.searchers[0].descend(Incumbent(self.dual.x, math.inf, self.dual.price), 4 * self.model.num_nodes, self.deadline))
+        moves = min(4 * self.model.num_nodes, QUICK_MOVES)
+        self.take(self.searchers[0].descend(Incumbent(self.dual.x, math.inf, self.dual.price), moves, self.deadline))
         if self.model.num_streams:
             self.weigh_streams()
         if self.done():
@@ -109,28 +154,23 @@ class Run:
         self.unit = max((self.dual.bound - self.dual.offset) / self.model.num_nodes, self.unit)
         for searcher in self.searchers:
             searcher.unit = self.unit
-        start = Incumbent(self.dual.x, math.inf, self.dual.best_price)
-        self.take(self.searchers[0].descend(start, 4 * self.model.num_nodes, self.deadline))
+        self.take(self.searchers[0].descend(Incumbent(self.dual.x, math.inf, self.dual.best_price), moves, self.deadline))
 
-    def weigh_streams(self, rounds: int = 12) -> None:
-        """Multiplicative weights on the streams (and on "none of them"); keeps the dual with the best bound."""
-        num = self.model.num_streams
-        score, largest = np.zeros(num + 1), 1e-300
-        best = self.dual
+    def weigh_streams(self, rounds: int = 15) -> None:
+        """Ascent over the streams' weights, warm-started; keeps the dual with the best bound."""
+        weights = _StreamWeights(self.model.num_streams, self.dual.bound)
+        best = last = self.dual
         for k in range(rounds):
-            weight = np.exp(score - score.max())
-            dual = Dual(self.model, (weight / weight.sum())[:num])
-            dual.run_unpriced(10, self.deadline)
-            self.raise_bound(dual.bound)
-            searcher = Searcher(dual.graph, dual.rows, self.seed + k, self.unit)
-            found = searcher.descend(Incumbent(dual.x, math.inf, dual.price), 2 * self.model.num_nodes, self.deadline)
+            last = Dual(self.model, weights.next(self.model.streams(last.x)), last)
+            last.run_unpriced(10, self.deadline)
+            weights.record(last.bound)
+            self.raise_bound(last.bound)
+            searcher = Searcher(last.graph, last.rows, self.seed + k, self.unit)
+            found = searcher.descend(Incumbent(last.x, math.inf, last.price), 2 * self.model.num_nodes, self.deadline)
             if math.isfinite(found.energy):
                 self.offer(found.x)
-            if dual.bound > best.bound:
-                best = dual
-            loads = np.append(self.model.streams(dual.x), 0.0)
-            largest = max(largest, float(np.abs(loads).max()))
-            score += 2.0 / math.sqrt(k + 1) * loads / largest
+            if last.bound > best.bound:
+                best = last
             if self.done():
                 break
         self.dual = best
@@ -213,6 +253,8 @@ class Run:
             while not self.done() and (work_limit is None or number < work_limit):
                 self._round(number, pool, a, b)
                 number += 1
+                if number in EXACT_ROUNDS and not self.done() and self.exact_phase(0.3):
+                    break
 
     def _round(self, number: int, pool: ThreadPoolExecutor, a: Searcher, b: Searcher) -> None:
         fresh = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
