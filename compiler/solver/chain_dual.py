@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from ortools.linear_solver import pywraplp
 
+from .forest import clear_forest, grow_forest, new_scratch, solve_forest
 from .graph import build_graph
 from .marginals import needless
 from .model import Model
@@ -29,6 +30,13 @@ SAFETY = 1e-12
 """Rounding error of a sum of costs, relative to the sum of their magnitudes; taken off every bound."""
 
 STEP = 0.3
+GRAIN = 0.1
+"""Part of what is still open that a few rounds of messages should gain."""
+
+POLISH_IDLE = 3
+"""Moves in a row, each without a gain of this part of what is open, after which a selection counts as settled."""
+POLISH_GAIN = 1e-3
+
 FIRST_BOX = 0.02
 
 Offer = Callable[[np.ndarray, float], None]
@@ -47,6 +55,7 @@ class Point:
 class Cut:
     """A selection as a linear function of prices and weights."""
 
+    x: np.ndarray
     cost: float
     stream: np.ndarray  # float64[S]
     over: np.ndarray  # float64[K]: (load - limit) / unit
@@ -112,22 +121,30 @@ class Master:
 class Dual:
     """The dual of one model: messages kept from trial to trial, the best point and its bound."""
 
-    def __init__(self, model: Model, offer: Offer, deadline: float) -> None:
+    def __init__(self, model: Model, offer: Offer, deadline: float, seed: int) -> None:
         self.model, self.offer, self.deadline = model, offer, deadline
         self.graph = build_graph(model)
         self.base = self.graph.matrix.copy()
         self.streams = [_stream_matrix(model, s) for s in range(model.num_streams)]
+        self.own_cost = self.graph.cost.copy()
         self.msg_off, self.msg = new_messages(self.graph)
+        self.scratch, self.random = new_scratch(self.graph, seed), np.random.default_rng(seed)
         self.unit = np.ones(model.num_slots)
         for pool in np.unique(model.slot_pool):
             here = model.slot_pool == pool
             self.unit[here] = max(float(model.slot_limit[here].max()), 1.0)
+        self.cuts: list[Cut] = []
+        self.mixture: list[tuple[float, Cut]] = []
         self.usage: list[np.ndarray] = []
         self.slots: list[int] = []
         self.bound, self.upper = -math.inf, math.inf
+        self.rounds = 0
         self.best = Point(np.zeros(0), np.zeros(model.num_streams))
-        magnitude = float(np.abs(self.graph.cost[np.isfinite(model.cost)]).sum())
-        self.magnitude = magnitude + float(np.abs(model.edge_cost[np.isfinite(model.edge_cost)]).max(initial=0.0)) * model.num_edges
+        self.ceiling = _ceiling(model)
+
+    def restrict(self, forbidden: np.ndarray) -> None:
+        """Search only among the strategies not ``forbidden`` (bool per strategy)."""
+        self.graph.cost[:] = np.where(forbidden, self.graph.big, self.own_cost)
 
     def add_slot(self, k: int) -> None:
         """Give slot ``k`` a price of its own, zero so far."""
@@ -161,35 +178,55 @@ class Dual:
         m = self.model
         over = m.loads(x) - m.slot_limit
         stream = m.streams(x)
-        cost = float(m.constant + m.cost[m.node_off[:-1] + x].sum() + m.edge_cost[m.edge_entries(x)].sum())
-        objective = cost + max(0.0, float(stream.max(initial=0.0)))
+        entries = np.concatenate([m.cost[m.node_off[:-1] + x], m.edge_cost[m.edge_entries(x)]])
+        cost = float(m.constant + np.minimum(entries, self.graph.big).sum())
+        objective = cost + max(0.0, float(stream.max(initial=0.0))) if np.isfinite(entries).all() else math.inf
         if objective < self.upper and not (over > 0).any():
             self.upper = objective
             self.offer(x, objective)
-        return Cut(cost, stream, over / self.unit)
+        return Cut(x.copy(), cost, stream, over / self.unit)
 
-    def trial(self, point: Point, rounds: int, tolerance: float) -> tuple[float, float, Cut]:
-        """Bound at ``point``, the value of the best selection met there, and its cut."""
+    def trial(self, point: Point, rounds: int, tolerance: float, grain: float) -> Cut:
+        """Raise the bound at ``point`` until rounds gain less than ``grain``; returns the cut of the best selection met there."""
         unary, constant = self.price(point)
         x = np.zeros(self.model.num_nodes, dtype=np.int64)
-        bound, value, best, last = -math.inf, math.inf, None, -math.inf
+        value, best, last, reached = math.inf, None, -math.inf, -math.inf
         for i in range(rounds):
             forward(unary, self.msg_off, self.msg, self.graph, x)
+            self.rounds += 1
             cut = self.cut(x)
-            here = cut.cost + float(point.weight @ cut.stream) + self._priced(point, cut)
+            here = self._value(point, cut)
             if best is None or here < value:
                 value, best = here, cut
-            bound = max(bound, self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point))
-            if bound > self.bound:
-                self.bound, self.best = bound, point
-            if value - bound <= 1e-9 * abs(bound) or self.upper - bound <= tolerance or time.perf_counter() > self.deadline:
+            reached = max(reached, self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point))
+            if reached > self.bound:
+                self.bound, self.best = reached, point
+            if value - reached <= 1e-9 * abs(reached) or self.upper - reached <= tolerance or time.perf_counter() > self.deadline:
                 break
-            if i % 4 == 3:
-                if bound - last <= 0.2 * tolerance:
+            if i % 3 == 2:
+                if reached - last <= 0.2 * grain:
                     break
-                last = bound
+                last = reached
         assert best is not None, "at least one round"
-        return bound, value, best
+        return self._polish(point, unary, best, max(tolerance, 1e-9 * abs(reached)) + reached)
+
+    def _polish(self, point: Point, unary: np.ndarray, cut: Cut, target: float) -> Cut:
+        """Exact moves on random forests at fixed prices; every selection on the way is offered."""
+        x, value, idle = cut.x.copy(), self._value(point, cut), 0
+        self.scratch.unary[:] = unary
+        while value > target and idle < POLISH_IDLE:
+            count = grow_forest(self.random.permutation(len(x)), len(x), self.graph, self.scratch)
+            solve_forest(count, x, 0.0, self.graph, self.scratch)
+            clear_forest(count, self.scratch)
+            new = self.cut(x)
+            here = self._value(point, new)
+            idle = idle + 1 if here >= value - POLISH_GAIN * (value - target) else 0
+            if here < value:
+                cut, value = new, here
+        return cut
+
+    def _value(self, point: Point, cut: Cut) -> float:
+        return cut.cost + float(point.weight @ cut.stream) + self._priced(point, cut)
 
     def _priced(self, point: Point, cut: Cut) -> float:
         return sum(float(p * cut.over[k]) for p, k in zip(point.price, self.slots, strict=False))
@@ -197,14 +234,16 @@ class Dual:
     def _safe(self, bound: float, point: Point) -> float:
         return bound - SAFETY * (abs(bound) + float(point.price.sum()) + abs(self.model.constant))
 
-    def ascend(self, gap: float, trials: int) -> bool:
+    def ascend(self, gap: float, trials: int, cuts: Sequence[Cut] = ()) -> bool:
         """Raise the bound until it meets the best selection (relative ``gap``), nothing is gained, or ``trials``."""
-        _, value, cut = self.trial(Point(np.zeros(len(self.slots)), np.zeros(self.model.num_streams)), 150, 0.05 * gap * self._scale())
-        master = Master(self.model.num_streams, max(abs(value), 1e-300))
-        master.add_cut(cut)
+        fine = 0.1 * gap * self._scale()
+        room = self.upper - self.bound
+        cut = self.trial(self.best, 150, fine, max(fine, GRAIN * room) if math.isfinite(room) else fine)
+        master = self._master(cut, cuts)
+        self.cuts, self.mixture = master.cuts, [(1.0, cut)]
         mixed, history = cut.over, [self.bound]
         for _ in range(trials):
-            if self._met(gap) or time.perf_counter() > self.deadline:
+            if self._met(gap) or self.bound > self.ceiling or time.perf_counter() > self.deadline:
                 return True
             for over in (master.cuts[-1].over, mixed):
                 self._take_slot(master, over)
@@ -216,15 +255,28 @@ class Dual:
             if not grow and top - self.bound <= 0.1 * gap * abs(top):
                 break
             mixed = sum((w * c.over for w, c in zip(weights, master.cuts, strict=True) if w > 1e-9), np.zeros(self.model.num_slots))
+            self.mixture = [(float(w), c) for w, c in zip(weights, master.cuts, strict=True) if w > 1e-6]
             before = self.bound
-            _, _, cut = self.trial(_between(self.best, goal, STEP), 12, 0.1 * gap * self._scale())
+            fine = 0.1 * gap * self._scale()
+            cut = self.trial(_between(self.best, goal, STEP), 12, fine, max(fine, GRAIN * (top - self.bound)))
             master.add_cut(cut)
-            if grow and self.bound > before or grow and self.upper == math.inf:
+            if grow and (self.bound > before or self.upper == math.inf):
                 master.widen(4.0 * master.box)
             history.append(self.bound)
             if len(history) > 16 and history[-1] - history[-12] <= 0.02 * (min(self.upper, top) - self.bound) and self.upper < math.inf:
                 break
         return self._met(gap)
+
+    def _master(self, first: Cut, cuts: Sequence[Cut]) -> Master:
+        """The master program with what is known: ``first``, ``cuts`` of earlier trials, the slots in use."""
+        master = Master(self.model.num_streams, max(abs(first.cost), 1e-300))
+        for k in self.slots:
+            master.add_slot(k)
+        for cut in (first, *cuts):
+            master.add_cut(cut)
+        top = max([0.0, *self.best.weight.tolist(), *(self.best.price / master.unit).tolist()])
+        master.widen(max(FIRST_BOX, 4.0 * top))
+        return master
 
     def _scale(self) -> float:
         return abs(self.upper) if self.upper < math.inf else abs(self.bound) if self.bound > -math.inf else 0.0
@@ -245,8 +297,7 @@ class Dual:
         nodes, pairs = np.zeros(len(self.model.cost), dtype=bool), np.zeros(len(self.base), dtype=bool)
         room = upper + 1e-9 * abs(upper)
         for point in points:
-            self.trial(point, 12, 1e-3 * (abs(upper - self.bound)))
-            unary, constant = self.price(point)
+            unary, constant = self._settle(point, 8)
             bound = self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point)
             needless(room - bound, unary, self.msg_off, self.msg, self.graph, nodes, pairs)
         m = self.model
@@ -256,6 +307,29 @@ class Dual:
             a, b = m.edge_off[e], m.edge_off[e + 1]
             result.edge_cost[a:b][pairs[self.graph.at[h] : self.graph.at[h] + b - a]] = np.inf
         return result
+
+    def _settle(self, point: Point, rounds: int) -> tuple[np.ndarray, float]:
+        """Messages for ``point``; returns its node costs and constant."""
+        unary, constant = self.price(point)
+        x = np.zeros(self.model.num_nodes, dtype=np.int64)
+        for _ in range(rounds):
+            forward(unary, self.msg_off, self.msg, self.graph, x)
+            backward(unary, self.msg_off, self.msg, self.graph)
+        return unary, constant
+
+
+def _ceiling(model: Model) -> float:
+    """No selection costs more."""
+    total = model.constant
+    for cost, off in ((model.cost, model.node_off), (model.edge_cost, model.edge_off)):
+        finite = np.where(np.isfinite(cost), cost, -np.inf)
+        total += float(np.maximum.reduceat(finite, off[:-1]).sum()) if len(off) > 1 else 0.0
+    seconds = model.stream_constant.copy()
+    for s in range(model.num_streams):
+        for values, off in ((model.node_stream[s], model.node_off), (model.edge_stream[s], model.edge_off)):
+            seconds[s] += float(np.maximum.reduceat(values, off[:-1]).sum()) if len(off) > 1 else 0.0
+    total += max(0.0, float(seconds.max(initial=0.0)))
+    return total + 1e-6 * abs(total) + 1e-6
 
 
 def _stream_matrix(model: Model, s: int) -> np.ndarray:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 import time
+
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..problem import SelectionProblem
+from .chain_branch import EXACT_ENTRIES, Search, solve_exactly
 from .chain_dual import Dual, Point
-from .exact import Mip
 from .model import Model, from_problem
 from .presolve import Reduced, presolve
 from .substitute import drop_slots
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from .solve import Solution
 
 MOST_NODES, MOST_ENTRIES = 6_000, 6_000_000
-EXACT_ENTRIES = 12_000
-"""Finite edge entries up to which the remainder goes to the exact solver."""
+SHRINK_GAP = 0.005
+"""Relative gap above which too little would be forbidden: branch first."""
+
+MOST_SPLITS = 400
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Stream weights at which strategies are tested besides the best point: what loads a stream far too much shows at high ones."""
@@ -50,17 +53,39 @@ class Structured:
     def run(self) -> None:
         if not self._reduce(drop_slots(self.model)):
             return
+        stalled = False
         while not self.done():
-            size = len(self.reduced.model.edge_cost)
+            entries = self._entries()
             dual = self._raise()
-            if self.done() or not self._shrink(dual):
+            if self.done() or self._impossible(dual, dual.bound):
                 return
-            left = self.reduced.model
-            if np.isfinite(left.edge_cost).sum() <= EXACT_ENTRIES:
+            if (stalled or self._relative() > SHRINK_GAP) and self._search(dual):
+                return
+            if not self._shrink(dual):
+                return
+            if self._entries() <= EXACT_ENTRIES:
                 self._exact()
                 return
-            if len(left.edge_cost) > 0.95 * size:
+            if stalled and self._entries() > 0.7 * entries:
                 return
+            stalled = self._entries() > 0.7 * entries
+
+    def _entries(self) -> int:
+        return int(np.isfinite(self.reduced.model.edge_cost).sum())
+
+    def _impossible(self, dual: Dual, bound: float) -> bool:
+        self.infeasible = self.x is None and bound > dual.ceiling
+        return self.infeasible
+
+    def _relative(self) -> float:
+        return (self.objective - self.bound) / max(abs(self.objective), 1e-300) if self.objective < math.inf else math.inf
+
+    def _search(self, dual: Dual) -> bool:
+        """Branch and bound on the current model; True if there is no more to gain."""
+        search = Search(dual, self.gap, self.seed)
+        search.run(MOST_SPLITS)
+        self.bound = max(self.bound, min(search.bound, self.objective))
+        return self._impossible(dual, search.bound) or self.done()
 
     def done(self) -> bool:
         met = self.objective - self.bound <= self.gap * abs(self.objective) if self.objective < math.inf else False
@@ -86,7 +111,7 @@ class Structured:
         return True
 
     def _raise(self) -> Dual:
-        dual = Dual(self.reduced.model, self._offer, self.deadline)
+        dual = Dual(self.reduced.model, self._offer, self.deadline, self.seed)
         dual.upper = self.objective
         dual.ascend(0.5 * self.gap, 60)
         self.bound = max(self.bound, min(dual.bound, self.objective))
@@ -101,14 +126,11 @@ class Structured:
         return self._reduce(dual.forbid(points, self.objective))
 
     def _exact(self) -> None:
-        result = Mip(self.reduced.model).solve(self.deadline, 0.5 * self.gap, self.seed)
-        if result.infeasible:
-            self.infeasible = self.x is None
-            self.bound = self.objective
-            return
-        if result.selection is not None:
-            self._offer(result.selection, result.objective)
-        self.bound = max(self.bound, min(result.lower_bound, self.objective))
+        x, bound = solve_exactly(self.reduced.model, self.deadline, 0.5 * self.gap, self.seed)
+        self.infeasible = self.x is None and bound == math.inf
+        if x is not None:
+            self._offer(x, self.reduced.model.objective(x))
+        self.bound = max(self.bound, min(bound, self.objective))
 
 
 def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, gap: float = 1e-4, seed: int = 0) -> Solution | None:

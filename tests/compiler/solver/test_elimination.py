@@ -8,7 +8,6 @@ import math
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from opweave.compiler.problem import FORBIDDEN, SelectionProblem
 from opweave.compiler.solver.elimination import solve_structured
 
