@@ -623,30 +623,15 @@ def solve(
     if not time_limit > 0:
         raise ValueError(f"--time-limit is {time_limit:g}; it must be above 0 seconds")
     from .cli_tables import pairs_table
+    from .compiler.solver.command import solve_file
 
-    with _solver_line() as progress:
-        from .compiler.solver.command import solve_file
-
-        answer = solve_file(file, time_limit, seed, output, progress)
+    answer = solve_file(file, time_limit, seed, output, progress=_err.is_terminal)
     if as_json:
         _print_json(answer)
     else:
         _out.print(pairs_table(str(file), {k: str(v) for k, v in answer.items() if k != "solution"}))
     if answer.get("status") == "infeasible":
         raise CheckFailed(str(answer.get("reason") or "no selection fits the memory limits"), printed=as_json)
-
-
-@contextlib.contextmanager
-def _solver_line() -> Iterator[Callable[[Any], None]]:
-    """A live line of best value, bound and gap on stderr; gives the solver's progress callback."""
-    with _err.status("reading") as line:
-
-        def show_point(point: Any) -> None:
-            best, bound = float(point.objective), float(point.lower_bound)
-            gap = (best - bound) / abs(best) if best not in (0.0, float("inf")) else float("nan")
-            line.update(f"{point.seconds:.1f} s   best {best:.6g}   bound {bound:.6g}   gap {gap:.2%}")
-
-        yield show_point
 
 
 if __name__ == "__main__":

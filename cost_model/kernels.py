@@ -42,7 +42,7 @@ class _Default(NamedTuple):
 _DEFAULTS: dict[str, dict[str, _Default]] = {
     "cuda": {
         "matmul": _Default(0.85, 6e-6, 32),
-        "attention": _Default(0.60, 8e-6, 16),
+        "attention": _Default(0.70, 8e-6, 16),
         "conv": _Default(0.60, 8e-6, 32),
         "moe": _Default(0.70, 2e-5, 32),
         "reduction": _Default(0.80, 3e-6, 0),

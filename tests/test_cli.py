@@ -145,7 +145,7 @@ def test_solve_prints_the_answer(monkeypatch, tmp_path):
 
     def solve_file(path, time_limit_s, seed, output, progress):
         seen.append((path.name, time_limit_s, seed))
-        progress(types.SimpleNamespace(seconds=0.1, objective=5.0, lower_bound=4.0))
+        assert progress is False, "a live line only where stderr is a terminal"
         status = "infeasible" if path.name == "bad.json" else "optimal"
         return {"solution": [0, 1], "cost": 5, "lower_bound": 5, "status": status, "seconds": 0.2, "reason": "limit 3 at time 7"}
 

@@ -21,9 +21,9 @@ from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, is_known, op_work
          (False,), 4 * 768 * 27, "conv_backward", 6),
         ("convolution_backward", [(2, 6, 8, 8), (2, 3, 8, 8), (6, 3, 3, 3)], [None, (6, 3, 3, 3), None],
          (False,), 2 * 768 * 27, "conv_backward", 6),
-        ("opweave::attention", [(2, 4, 8, 16)] * 3, [(2, 4, 8, 16), (2, 4, 8)], (), 2 * 2 * 4 * 8 * 8 * 32, "attention", 8),
-        ("opweave.attention.default", [(2, 4, 8, 16)] * 3, [(2, 4, 8, 16), (2, 4, 8)], (None, True), 2 * 4 * 8 * 8 * 32, "attention", 8),
-        ("opweave::attention_backward", [(2, 4, 8, 16)] * 6, [(2, 4, 8, 16)] * 3, (), 5 * 2 * 4 * 8 * 8 * 32, "attention_backward", 8),
+        ("opweave::attention", [(2, 4, 8, 16)] * 3, [(2, 4, 8, 16), (2, 4, 8)], (), 512 * (64 + 64), "attention", 8),
+        ("opweave.attention.default", [(2, 4, 8, 16)] * 3, [(2, 4, 8, 16), (2, 4, 8)], (None, True), 512 * (64 + 64), "attention", 8),
+        ("opweave::attention_backward", [(2, 4, 8, 16)] * 6, [(2, 4, 8, 16)] * 3, (), 2.5 * 512 * 128, "attention_backward", 8),
         ("opweave::moe_mlp", [(10, 16), (10, 2), (10, 2), (4, 48, 16), (4, 16, 24)], [(10, 16)],
          (), 2 * 20 * (48 * 16 + 16 * 24), "moe", 5),
         ("aten.add.Tensor", [(4, 5), (5,)], [(4, 5)], (1,), 20, "pointwise", None),
@@ -49,6 +49,12 @@ def test_grouped_mm():
     assert work.flops == 2 * 64 * 16 * 32 and work.min_dim == 16
     work = op_work("aten._grouped_mm.default", [(16, 64), (64, 32), (4,)], [(4, 16, 32)])
     assert work.flops == 2 * 64 * 16 * 32
+
+
+def test_a_causal_mask_halves_long_sequences_only():
+    short, long = ([(1, 1, s, 64)] * 3 for s in (256, 16384))
+    assert op_work("opweave::attention", short, short[:1], (True,)).flops == op_work("opweave::attention", short, short[:1]).flops
+    assert op_work("opweave::attention", long, long[:1], (True,)).flops < 0.52 * op_work("opweave::attention", long, long[:1]).flops
 
 
 def test_bytes_follow_shapes_and_itemsizes():
