@@ -92,6 +92,12 @@ def _find_loss(output: Any, model: nn.Module) -> torch.Tensor:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    for wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
+        if type(model).__name__ == wrapper:
+            raise CaptureError(f"the model is wrapped in {wrapper}; give the plain module inside it, opweave does the distribution itself")
+    sharded = next((fqn for fqn, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise CaptureError(f"parameter {sharded} is a DTensor already; give the model before it was sharded (`fully_shard` or the like)")
     if not any(p.requires_grad for p in model.parameters()):
         raise CaptureError(
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train; "
@@ -168,13 +174,18 @@ class _Trace:
         """The batch with its tensors replaced by fake ones, each a placeholder."""
         count = len(self.inputs)
         self.batch_constants = batch_constants(batch)
-        faked = map_tensors(batch, lambda path, tensor: self._input("batch", path, tensor))
+        faked = map_tensors(batch, self._batch_input)
         if len(self.inputs) == count:
             raise CaptureError(
                 f"there is no tensor in the batch (a {type(batch).__name__}); a batch is a tensor, or a dict, tuple, list or dataclass "
                 "of tensors"
             )
         return faked
+
+    def _batch_input(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.numel():
+            raise CaptureError(f"the batch tensor {path!r} has the shape {tuple(tensor.shape)}: there is nothing in it")
+        return self._input("batch", path, tensor)
 
     # Forward and backward
 

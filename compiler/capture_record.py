@@ -7,7 +7,7 @@ op finds its forward op through the number that autograd gives to both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +19,15 @@ from .. import torch_compat
 from ..runtime import ops  # noqa: F401  (defines the opweave ops)
 from ..torch_compat import FakeTensor, FakeTensorMode
 from .capture_errors import CaptureError, place, user_line
+from .capture_traits import Traits, dynamic_text, key_of, name_of, on_cpu, traits_of, undone
 from .capture_values import Values, View, dense_stride
 
 aten = torch.ops.aten
 
-# Ops that yield their input's elements; with equal shape and strides they are no op at all.
-_VIEWS_THAT_MAY_BE_NOTHING = {
-    "view", "_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "expand", "slice", "permute", "transpose", "t", "squeeze",
-    "unsqueeze",
-}  # fmt: skip
-# Views that keep the elements' order: two of them that end in the shape and strides they began with undo each other.
-_RESHAPES = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
-_VIEWS_OF_A_PART = {"slice"}
-_COPIES_THAT_MAY_BE_NOTHING = {"clone", "_to_copy", "lift_fresh_copy"}
+# What a graph does not say: lowering decides it.
 _NEUTRAL_KWARGS = ("device", "pin_memory", "layout", "non_blocking")
 MAX_CONSTANT_ELEMENTS = 65_536
+_RANDOM_WAY_OUT = "dropout, bernoulli, rand and randn are; make other random values outside the model and pass them in the batch"
 
 
 @dataclass(slots=True)
@@ -44,19 +38,6 @@ class Origin:
     phase: str
     line: str
     partner: fx.Node | None = None
-
-
-@dataclass(slots=True)
-class _Traits:
-    """What the recorder needs to know about an op, looked up once per op."""
-
-    name: str
-    handler: Callable[..., Any] | None
-    is_view: bool
-    is_write: bool
-    is_random: bool
-    maybe_nothing: bool
-    maybe_copy: bool
 
 
 class Recorder(torch_compat.DispatchMode):
@@ -99,12 +80,12 @@ class Recorder(torch_compat.DispatchMode):
 
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
         """A call of `target`; one that was recorded before with the same arguments is that node, since ops have no side effects."""
-        key = (target, _key(args), _key(kwargs), id(val) if isinstance(val, torch.Tensor) else None)
+        key = (target, key_of(args), key_of(kwargs), id(val) if isinstance(val, torch.Tensor) else None)
         known = self._merged.get(key)
         if known is not None:
             self._last = known
             return known
-        node = self._last = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=_name(target))
+        node = self._last = self._merged[key] = self.graph.create_node("call_function", target, args, kwargs, name=name_of(target))
         node.meta["val"] = val
         node.meta["origin"] = self._origin
         return node
@@ -155,8 +136,8 @@ class Recorder(torch_compat.DispatchMode):
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
         self._origin = self._find_origin()
-        traits = _TRAITS.get(func) or _find_traits(func)
-        kwargs = _on_cpu(kwargs)
+        traits = traits_of(func)
+        kwargs = on_cpu(kwargs)
         lowered = tuple(self.lower(a) for a in args)
         lowered_kwargs = {k: self.lower(v) for k, v in kwargs.items() if k not in _NEUTRAL_KWARGS} if kwargs else {}
         if self._replaced and traits.name != "lift_fresh":  # which knows what a real tensor is
@@ -167,12 +148,12 @@ class Recorder(torch_compat.DispatchMode):
                 self._leads(self._last)
                 return out
             if traits.is_random:
-                raise CaptureError(f"{traits.name} draws random numbers in a way that is not supported; {RANDOM_WAY_OUT}")
+                raise CaptureError(f"{traits.name} draws random numbers in a way that is not supported; {_RANDOM_WAY_OUT}")
             if traits.is_write:
                 return self._record_write(func, args, kwargs, lowered, lowered_kwargs)
             return self._record(traits, func, args, kwargs, lowered, lowered_kwargs)
         except torch_compat.DYNAMIC_OUTPUT_ERRORS as error:
-            raise CaptureError(f"{self.here()}: {_dynamic_text(func)}", placed=True) from error
+            raise CaptureError(f"{self.here()}: {dynamic_text(func)}", placed=True) from error
         except CaptureError as error:
             if error.placed:
                 raise
@@ -213,8 +194,8 @@ class Recorder(torch_compat.DispatchMode):
 
         That is with known values, whose results are known too, and for views of a part: autograd wants to know where they start.
         """
-        traits = _TRAITS[func]
-        if traits.is_view and (not traits.maybe_nothing or traits.name in _VIEWS_OF_A_PART or args[0].storage_offset()):
+        traits = traits_of(func)
+        if traits.is_view and (not traits.starts_with_input or args[0].storage_offset()):
             return None
         key = [func]
         for arg in (*args, *kwargs.items()) if kwargs else args:
@@ -226,10 +207,10 @@ class Recorder(torch_compat.DispatchMode):
             elif isinstance(arg, (list, tuple)) and any(isinstance(a, torch.Tensor) for a in arg):
                 return None
             else:
-                key.append(_key(arg))
+                key.append(key_of(arg))
         return tuple(key)
 
-    def _record(self, traits: _Traits, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
+    def _record(self, traits: Traits, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
         out = self.run(func, args, kwargs)
         if isinstance(out, torch.Tensor):
             val = self.val(out)
@@ -238,8 +219,8 @@ class Recorder(torch_compat.DispatchMode):
             if same is not None and same.val is val:
                 self._bind_same(out, lowered[0], val, source, traits.maybe_copy)
                 return out
-            undone = _undone(func, traits.name, lowered, val) if traits.maybe_nothing else None
-            node = undone or self.emit(func, lowered, lowered_kwargs, val)
+            source_again = undone(func, traits.name, lowered, val) if traits.maybe_nothing else None
+            node = source_again or self.emit(func, lowered, lowered_kwargs, val)
             if traits.is_view:
                 self.values.bind_view(out, node, val, source, View(func, lowered[1:], lowered_kwargs))
             else:
@@ -380,85 +361,3 @@ class Recorder(torch_compat.DispatchMode):
         if isinstance(arg, dict):
             return {k: self._without_constants(v) for k, v in arg.items()}
         return arg
-
-
-RANDOM_WAY_OUT = "dropout, bernoulli, rand and randn are; make other random values outside the model and pass them in the batch"
-
-
-def _name(target: Any) -> str:
-    return "getitem" if target is operator.getitem else target._overloadpacket.__name__
-
-
-def _undone(func: Any, name: str, lowered: Any, val: torch.Tensor) -> fx.Node | None:
-    """The node x where the call is view(view(x)) and gives back x."""
-    inner = lowered[0]
-    if not isinstance(inner, fx.Node) or inner.op != "call_function" or inner.target is operator.getitem:
-        return None
-    source = inner.args[0] if inner.args else None
-    if not isinstance(source, fx.Node) or source.meta["val"] is not val:
-        return None
-    inner_name = _name(inner.target)
-    if name in _RESHAPES and inner_name in _RESHAPES:
-        return source
-    if name in ("t", "transpose") and inner.target is func and inner.args[1:] == tuple(lowered[1:]):
-        return source
-    return None
-
-
-def _key(arg: Any) -> Any:
-    """A hashable stand-in for an argument; numbers that are equal but of another type (1, 1.0, True) differ."""
-    if isinstance(arg, fx.Node):
-        return arg
-    if isinstance(arg, (list, tuple)):
-        return tuple([_key(a) for a in arg])
-    if isinstance(arg, dict):
-        return tuple([(k, _key(v)) for k, v in arg.items()])
-    return repr(arg) if isinstance(arg, float) else (type(arg), arg)
-
-
-def _on_cpu(kwargs: Any) -> dict[str, Any]:
-    """Keyword arguments with any device replaced by the CPU: fake tensors of other devices are never made."""
-    if not kwargs:
-        return {}
-    if kwargs.get("device") is not None:
-        return {**kwargs, "device": torch.device("cpu"), "pin_memory": None} if "pin_memory" in kwargs else {
-            **kwargs, "device": torch.device("cpu")
-        }  # fmt: skip
-    return kwargs
-
-
-def _dynamic_text(func: Any) -> str:
-    name = func._overloadpacket.__name__
-    if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
-        return (
-            "a Python value is taken from a tensor (`.item()`, `int(x)`, `if x.any():` or the like); a captured step runs the same ops for "
-            "every batch. Compute with tensors instead (torch.where), or pass the value in the batch as a Python number"
-        )
-    return (
-        f"the result of {name} has a shape that depends on data (nonzero, boolean-mask indexing, unique or the like); use torch.where or "
-        "masked_fill, which keep the shape"
-    )
-
-
-_TRAITS: dict[Any, _Traits] = {}
-
-
-def _find_traits(func: Any) -> _Traits:
-    from .capture_translate import HANDLERS  # the handlers need the recorder's type
-
-    name = func._overloadpacket.__name__
-    returns = func._schema.returns
-    is_write = torch_compat.is_mutable(func)
-    is_view = not is_write and any(r.alias_info is not None for r in returns)
-    handler = HANDLERS.get(func) or HANDLERS.get(name)
-    traits = _Traits(
-        name=name,
-        handler=handler,
-        is_view=is_view,
-        is_write=is_write,
-        is_random=torch_compat.is_random(func),
-        maybe_nothing=name in _VIEWS_THAT_MAY_BE_NOTHING,
-        maybe_copy=name in _COPIES_THAT_MAY_BE_NOTHING,
-    )
-    _TRAITS[func] = traits
-    return traits

@@ -577,6 +577,10 @@ def test_bad_models_batches_and_optimizers():
     model, x = model_of(lambda m, x: m.lin(x).sum()), x_of()
     with pytest.raises(CaptureError, match="has no parameter that requires a gradient"):
         capture(nn.ReLU(), x)
+    with pytest.raises(CaptureError, match="wrapped in DataParallel; give the plain module inside"):
+        capture(nn.DataParallel(model), x)
+    with pytest.raises(CaptureError, match="wrapped in OptimizedModule"):
+        capture(torch.compile(model), x)
     with pytest.raises(CaptureError, match=r"give a torch.nn.Module"):
         capture(lambda x: x, x)
     with pytest.raises(CaptureError, match=r"no tensor in the batch \(a dict\)"):
