@@ -4,9 +4,9 @@
     python examples/train_text.py --steps 50                # the same in one process
 
 The model is an unmodified GPT-2 of `transformers` with bytes as vocabulary; the text is the documentation that ships with Python
-(`pydoc_data.topics`, 465 thousand characters), so nothing is downloaded. Rank 0 shows the plan by module, trains, repeats the same steps in one process
-with the eager model and torch's fused AdamW, and prints the largest difference of the losses. It leaves plan.json, checkpoint/ and sample.txt in the
-output folder, and ends with status 1 where a loss differs by more than TOLERANCE.
+(`pydoc_data.topics`, 466 thousand bytes), so nothing is downloaded. Rank 0 shows the plan by module, trains, repeats the same steps in
+one process with the eager model and torch's fused AdamW, and prints the largest difference of the losses. It leaves plan.json,
+checkpoint/ and sample.txt in the output folder, and ends with status 1 where a loss differs by more than TOLERANCE.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import opweave as ow
 import torch
 import torch.distributed as dist
-from pydoc_data.topics import topics
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,7 +31,7 @@ from rich.table import Table
 try:
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 except ImportError as error:
-    raise SystemExit(f"this example trains a GPT-2 of transformers, which cannot be imported ({error}); pip install 'opweave[models]'") from error
+    raise SystemExit(f"this example trains a GPT-2 of transformers, but {error}; pip install 'opweave[models]'") from error
 
 VOCABULARY = 256  # bytes
 
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout probability (default: off)")
     parser.add_argument("--force", help="an expert's plan in place of the solver's: ddp, zero1, zero2, zero3, megatron, ...")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and sample (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/train_text"), help="folder for what is left behind (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/train_text"), help="folder of the results (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error(f"--width {args.width} does not divide into --heads {args.heads}; give a multiple of it")
@@ -228,14 +228,15 @@ def report(planned: tuple[list[float], float], alone: tuple[list[float], float],
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     threads = torch.get_num_threads()
     per_process = f"{threads} thread{'s' * (threads > 1)}"
-    for name, (losses, speed) in ((f"planned, {ranks} rank{'s' * (ranks > 1)} with {per_process} each", planned), (f"one process, {per_process}", alone)):
+    runs = {f"planned, {ranks} rank{'s' * (ranks > 1)} with {per_process} each": planned, f"one process, {per_process}": alone}
+    for name, (losses, speed) in runs.items():
         table.add_row(name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{speed:,.0f}")
     console.print(table)
     differences = [abs(a - b) for a, b in zip(planned[0], alone[0], strict=True)]
     worst = max(range(len(differences)), key=lambda i: differences[i])
     agrees = differences[worst] <= TOLERANCE
     verdict = "within" if agrees else "MORE THAN"
-    console.print(f"largest difference of the losses: {differences[worst]:.3g} (step {worst + 1}), {verdict} the tolerance of {TOLERANCE:g}")
+    console.print(f"largest difference of the losses: {differences[worst]:.3g} (step {worst + 1}), {verdict} the tolerance {TOLERANCE:g}")
     return agrees
 
 
@@ -257,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
 
     text = read_text()
     num_parameters = sum(p.numel() for p in make_model(args).parameters())
-    console.print(f"GPT-2 with {num_parameters / 1e6:.1f} million parameters, {len(text):,} bytes of text, {ranks} rank{'s' * (ranks > 1)} on {device.type}")
+    where = f"{ranks} rank{'s' * (ranks > 1)} on {device.type}"
+    console.print(f"GPT-2 with {num_parameters / 1e6:.1f} million parameters, {len(text):,} bytes of text, {where}")
     step, losses, speed = train_planned(args, console, text, device)
     if rank == 0:
         step.plan.save(args.output / "plan.json")
