@@ -74,4 +74,9 @@ class Searcher:
             if np.isfinite(state[0]):
                 x = best.copy()
             state[3] = max(state[3], penalty)
+        for _ in range(3):
+            if np.isfinite(state[0]) or time.perf_counter() > deadline:
+                break
+            state[3] *= 4.0
+            refine(4000, 0, 4000, 1, 20, 0.0, 0.0, 0.0, x, price, best, state, self.graph, self.rows, self.scratch)
         return Incumbent(best, float(state[0]), price)

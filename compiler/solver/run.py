@@ -24,7 +24,7 @@ from .substitute import keep_strategies, substitute
 EXACT_ENTRIES = 150_000
 """Finite edge entries up to which the whole remainder goes to the exact solver."""
 
-QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 80, 400, 250, 2500
+QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 130, 400, 250, 2500
 EXACT_ROUNDS = (3, 8)
 """Rounds after which fixing by bounds and the exact solver are tried again."""
 
@@ -246,7 +246,7 @@ class Run:
         quick = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
         with ThreadPoolExecutor(max_workers=1) as pool:
             other = pool.submit(self.dual.run, SECOND_ITERATIONS, self.deadline)
-            self.take(a.cycle(quick, self.unit, 250, 15_000, self.deadline))
+            self.take(a.cycle(quick, 0.3 * self.unit, 250, 15_000, self.deadline))
             other.result()
             self.raise_bound(self.dual.bound)
             number = 0
