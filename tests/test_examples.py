@@ -88,7 +88,8 @@ def test_ratio_is_the_median_of_the_rounds():
 
 def test_rows_compare_with_every_peer_and_name_failures():
     peers = load("bench/peers.py")
-    found = result(opweave=peer([1.0, 1.0]), ddp=peer([2.0, 2.0], 80), other=peer([0.5, 0.5], 50, (2.1, 1.0)), tp=peer([], None, (), "no style"))
+    other = peer([0.5, 0.5], 50, losses=(2.1, 1.0))
+    found = result(opweave=peer([1.0, 1.0]), ddp=peer([2.0, 2.0], 80), other=other, tp=peer([], None, (), "no style"))
     rows = {row["peer"]: row for row in peers.rows_of(found)}
     assert rows["ddp"]["step_time_ratio"] == 0.5 and rows["ddp"]["peak_memory_ratio"] == 1.25 and rows["ddp"]["same_result"]
     assert not rows["other"]["same_result"]
