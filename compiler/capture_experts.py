@@ -49,7 +49,11 @@ def _experts_forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.
     if act is None or not _is_plain(self):
         fallback = sys.modules["transformers.integrations.moe"].batched_mm_experts_forward
         return fallback(self, hidden_states, top_k_index, top_k_weights)
-    return MoeMlp.apply(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, act)
+    operands = (hidden_states, self.gate_up_proj, self.down_proj)
+    if torch.is_autocast_enabled("cpu"):  # as the linear layers inside would; autocast does not know our op
+        operands = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in operands)
+    x, gate_up, down = operands
+    return MoeMlp.apply(x, top_k_index, top_k_weights, gate_up, down, act).to(hidden_states.dtype)
 
 
 def _is_plain(self: Any) -> bool:

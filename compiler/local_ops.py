@@ -9,12 +9,14 @@ They return the local result, or a tuple of results.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from ..runtime import collectives
 from ..runtime import ops as runtime_ops
 from .rule import argument_names
 
@@ -315,42 +317,37 @@ def _per_channel(e: Emitter, x: Any, rank: int) -> Any:
 
 
 def batch_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
-    """Two passes over the global batch: mean, then variance of what is left."""
+    """Statistics of each device's part in one pass, one exchange of them, and the fused kernel that applies statistics it is given."""
     axes = cut.operand_axes(0, 0)
     if not axes:
         return plain(e, cut, args, kwargs)
-    x = args[0]
-    whole, rank = cut.operand_whole(0), len(cut.operand_whole(0))
-    count = torch.Size(whole).numel() // whole[1]
-    dims = [0, *range(2, rank)]
+    x, weight, bias = args[:3]
+    whole, pieces = cut.operand_whole(0), math.prod(cut.mesh[axis] for axis in axes)
+    count, eps = torch.Size(whole).numel() // whole[1], cut.argument("eps")
     compute = torch.promote_types(cut.operand_dtype(0), torch.float32)
-    xf = e.op(aten._to_copy.default, x, dtype=compute) if compute != cut.operand_dtype(0) else x
-    mean = e.op(aten.div.Scalar, e.all_reduce(e.op(aten.sum.dim_IntList, xf, dims), axes, "sum"), count)
-    centred = e.op(aten.sub.Tensor, xf, _per_channel(e, mean, rank))
-    squares = e.op(aten.sum.dim_IntList, e.op(aten.mul.Tensor, centred, centred), dims)
-    var = e.op(aten.div.Scalar, e.all_reduce(squares, axes, "sum"), count)
-    rstd = e.op(aten.rsqrt.default, e.op(aten.add.Scalar, var, cut.argument("eps")))
-    out = e.op(aten.mul.Tensor, centred, _per_channel(e, rstd, rank))
-    weight, bias = args[1], args[2]
-    if weight is not None:
-        out = e.op(aten.mul.Tensor, out, _per_channel(e, weight, rank))
-    if bias is not None:
-        out = e.op(aten.add.Tensor, out, _per_channel(e, bias, rank))
-    if compute != cut.operand_dtype(0):
-        out = e.op(aten._to_copy.default, out, dtype=cut.operand_dtype(0))
-    running = [cut.argument("running_mean"), cut.argument("running_var")]
-    if running[0] is None:
+    exact = e.op(aten._to_copy.default, x, dtype=compute) if compute != cut.operand_dtype(0) else x
+    own = e.op(aten.var_mean.correction, exact, [0, *range(2, len(whole))], correction=0)
+    own = e.op(aten.stack.default, [e.op(operator.getitem, own, 1), e.op(operator.getitem, own, 0)])
+    every = e.wait(e.start(collectives.all_gather, own, axes, 0, 1))
+    every = e.op(aten.view.default, every, [pieces, 2, -1])
+    means, variances = e.op(aten.select.int, every, 1, 0), e.op(aten.select.int, every, 1, 1)
+    mean = e.op(aten.mean.dim, means, [0])
+    # All parts have the same size: the variance is the mean of theirs and the variance of their means.
+    apart = e.op(aten.sub.Tensor, means, mean)
+    var = e.op(aten.mean.dim, e.op(aten.addcmul.default, variances, apart, apart), [0])
+    rstd = e.op(aten.rsqrt.default, e.op(aten.add.Scalar, var, eps))
+    out = e.op(aten.native_batch_norm.default, x, weight, bias, mean, var, False, 0.0, eps)
+    out = e.op(operator.getitem, out, 0)
+    if cut.argument("running_mean") is None:
         return out, mean, rstd
     momentum = cut.argument("momentum")
     unbiased = e.op(aten.mul.Scalar, var, count / max(count - 1, 1))
-    moved = [
-        e.op(aten.add.Tensor, e.op(aten.mul.Scalar, old, 1 - momentum), e.op(aten.mul.Scalar, new, momentum))
-        for old, new in ((args[3], mean), (args[4], unbiased))
-    ]
+    moved = [e.op(aten.lerp.Scalar, old, new, momentum) for old, new in ((args[3], mean), (args[4], unbiased))]
     return out, mean, rstd, *moved
 
 
 def batch_norm_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """The fused kernel gives each device's sums for weight and bias, which one exchange completes; then dx = a grad + b x + c."""
     axes = cut.operand_axes(0, 0)
     if not axes:
         return plain(e, cut, args, kwargs)
@@ -358,19 +355,20 @@ def batch_norm_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any
     mean, rstd = args[5], args[6]
     whole, rank = cut.operand_whole(0), len(cut.operand_whole(0))
     count = torch.Size(whole).numel() // whole[1]
-    dims = [0, *range(2, rank)]
+    eps = cut.argument("eps")
+    own = e.op(aten.native_batch_norm_backward.default, grad, x, weight, None, None, mean, rstd, True, eps, [False, True, True])
+    both = e.op(aten.stack.default, [e.op(operator.getitem, own, 1), e.op(operator.getitem, own, 2)])
+    both = e.all_reduce(both, axes, "sum")
+    dw, db = e.op(aten.select.int, both, 0, 0), e.op(aten.select.int, both, 0, 1)
+    a = rstd if weight is None else e.op(aten.mul.Tensor, rstd, weight)
+    b = e.op(aten.mul.Tensor, e.op(aten.mul.Tensor, a, rstd), e.op(aten.div.Scalar, dw, -count))
+    c = e.op(aten.sub.Tensor, e.op(aten.mul.Tensor, a, e.op(aten.div.Scalar, db, -count)), e.op(aten.mul.Tensor, b, mean))
     compute = torch.promote_types(cut.operand_dtype(0), torch.float32)
-    if compute != cut.operand_dtype(0):
+    half = compute != cut.operand_dtype(0)
+    if half:
         grad, x = (e.op(aten._to_copy.default, t, dtype=compute) for t in (grad, x))
-    scale = _per_channel(e, rstd, rank)
-    normal = e.op(aten.mul.Tensor, e.op(aten.sub.Tensor, x, _per_channel(e, mean, rank)), scale)
-    db = e.all_reduce(e.op(aten.sum.dim_IntList, grad, dims), axes, "sum")
-    dw = e.all_reduce(e.op(aten.sum.dim_IntList, e.op(aten.mul.Tensor, grad, normal), dims), axes, "sum")
-    inner = e.op(aten.sub.Tensor, grad, _per_channel(e, e.op(aten.div.Scalar, db, count), rank))
-    shift = e.op(aten.mul.Tensor, normal, _per_channel(e, e.op(aten.div.Scalar, dw, count), rank))
-    dx = e.op(aten.mul.Tensor, e.op(aten.sub.Tensor, inner, shift), scale)
-    if weight is not None:
-        dx = e.op(aten.mul.Tensor, dx, _per_channel(e, weight, rank))
-    if compute != cut.operand_dtype(0):
+    dx = e.op(aten.addcmul.default, _per_channel(e, c, rank), grad, _per_channel(e, a, rank))
+    dx = e.op(aten.addcmul.default, dx, x, _per_channel(e, b, rank))
+    if half:
         dx = e.op(aten._to_copy.default, dx, dtype=cut.operand_dtype(0))
     return dx, dw, db

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 from ..cost_model.cluster import Cluster
 from ..runtime.dry_run import dry_run
@@ -102,9 +104,7 @@ def _within(
         if not todo:
             break
         todo.sort(key=lambda c: c.solution.objective)
-    raise DoesNotFitError(
-        f"{_head(analysis, cluster, limit)}; {over}. {_WAYS_OUT}"
-    )
+    raise DoesNotFitError(f"{_head(analysis, cluster, limit)}; {over}. {_WAYS_OUT}")
 
 
 _MAX_TRIES = 8
@@ -236,9 +236,21 @@ def _head(analysis: Analysis, cluster: Cluster, limit: float) -> str:
     return f"{name} does not fit on {cluster.name!r}: every device ({cluster.device.name}) has {int(limit):,} usable bytes"
 
 
+_LEAST = re.compile(r"needs at least (\d+) bytes at time (\d+)")
+
+
+def _reason(text: str, limit: float, nodes: list[fx.Node]) -> str:
+    """The solver's reason with the op and its module in place of a time."""
+    found = _LEAST.search(text)
+    if found is None:
+        return text
+    least, node = int(found.group(1)), nodes[min(int(found.group(2)), len(nodes) - 1)]
+    info = node.meta.get("op")
+    where = f" of {info.path}" if info is not None and info.path else ""
+    return f"the leanest plan needs {least:,} bytes, {least - int(limit):,} too many (at {node.name}{where})"
+
+
 def _why_not(analysis: Analysis, cluster: Cluster, meshes: list[tuple[int, ...]], limit: float, refused: list[Solution]) -> str:
-    reasons = "; ".join(f"mesh {show_mesh(m)}: {s.reason}" for m, s in zip(meshes, refused, strict=False))
-    return (
-        f"{_head(analysis, cluster, limit)}. {reasons}. "
-        + _WAYS_OUT
-    )
+    nodes = list(analysis.step.graph.nodes)
+    reasons = "; ".join(f"mesh {show_mesh(m)}: {_reason(s.reason, limit, nodes)}" for m, s in zip(meshes, refused, strict=False))
+    return f"{_head(analysis, cluster, limit)}. {reasons}. " + _WAYS_OUT
