@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..cost_model.cluster import Cluster
+from ..runtime.groups import join_job, on_first_rank
 from .analyse import Analysis, analyse
 from .capture import capture
 from .plan import Plan
@@ -89,15 +90,21 @@ def plan(
 def _make(step: TrainingStep, batch: Any) -> None:
     """Capture, plan (unless a plan was given) and install."""
     o = step.options
+    join_job(step.device.type)
     analysis, seconds = _analysed(step.model, batch, o.loss_fn, o.optimizer, o.clip_grad_norm, o.autocast)
-    made = o.plan
-    if made is not None:
-        made.check(analysis.step, step.cluster if o.cluster_given else None)
-    else:
+    if o.plan is not None:
+        o.plan.check(analysis.step, step.cluster if o.cluster_given else None)
+        step.install(analysis, o.plan)
+        return
+
+    def make() -> dict[str, Any]:
         made = plan_step(
             analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, time_limit_s=o.time_limit_s, capture_s=seconds
         )
-    step.install(analysis, made)
+        return made.to_dict()
+
+    # One rank plans for all: the solver has a time limit, so two of them need not end at the same plan.
+    step.install(analysis, Plan.from_dict(on_first_rank(make)))
 
 
 def _analysed(

@@ -204,6 +204,13 @@ def mean(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     return out if pieces == 1 else e.op(aten.div.Scalar, out, pieces)
 
 
+def elementwise_loss(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """The mean over a piece counts the piece's elements only: divided by the number of pieces it is that of the whole."""
+    out = plain(e, cut, args, kwargs)
+    pieces = math.prod(n for c, n in zip(cut.strategy.codes, cut.mesh, strict=True) if c >= 0)
+    return out if pieces == 1 or cut.argument("reduction", _MEAN) != _MEAN else e.op(aten.div.Scalar, out, pieces)
+
+
 def addmm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     """The bias is added once: where the reduced dim is split, by the first device along those axes."""
     axes = cut.operand_axes(1, 1)

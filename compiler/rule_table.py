@@ -708,6 +708,26 @@ def nll_loss_backward(node: fx.Node) -> Rule:
     return Rule(operands=(grad, logp, target, *weight, ()), results=(logp,), flags=flags)
 
 
+def elementwise_loss(node: fx.Node) -> Rule:
+    """mse_loss and its kind: elementwise, then reduced as `reduction` says; the mean of a piece is scaled by its local form."""
+    values = tensor_args(node)
+    backward = "backward" in op_name(node)
+    whole = shape(values[1] if backward else values[0])
+    names = letters(len(whole))
+
+    def aligned(value: fx.Node) -> TensorDims:
+        sizes = shape(value)
+        skip = len(whole) - len(sizes)
+        return tuple(names[skip + i] if size == whole[skip + i] else () for i, size in enumerate(sizes))
+
+    operands = tuple(aligned(v) for v in values)
+    if backward:
+        return Rule(operands=operands, results=(tuple(names),), linear=((0,),))
+    reduction = argument(node, "reduction", 1)
+    flags = {n: "*" for (n,) in names} if reduction == 1 else {}
+    return Rule(operands=operands, results=(tuple(names) if reduction == 0 else (),), flags=flags)
+
+
 def select_scatter(node: fx.Node) -> Rule:
     """x with x[:, i] replaced: the selected dim whole."""
     x = shape(node)
@@ -786,6 +806,8 @@ def moe(node: fx.Node) -> Rule:
 _BOTH = ((0,), (1,))
 _VIEWS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "_reshape_alias", "_reshape_copy")
 
+_LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy")
+
 TABLE: dict[str, Row] = {
     # matrix products
     "mm": Row(rule="m k, k n -> m n", linear=_BOTH),
@@ -851,6 +873,9 @@ TABLE: dict[str, Row] = {
     "_softmax_backward_data": Row(rule=along("dim", "#", 2), local=local_ops.softmax_backward),
     "_log_softmax_backward_data": Row(rule=along("dim", "#", 2), local=local_ops.log_softmax_backward),
     "nll_loss_forward": Row(rule=nll_loss, local=local_ops.nll_loss),
+    **{name: Row(rule=elementwise_loss, local=local_ops.elementwise_loss) for name in _LOSSES},
+    **{f"{name}_backward": Row(rule=elementwise_loss, local=local_ops.elementwise_loss) for name in _LOSSES},
+    "binary_cross_entropy_with_logits": Row(rule=elementwise_loss, local=local_ops.elementwise_loss),
     "nll_loss2d_forward": Row(rule=nll_loss, local=local_ops.nll_loss),
     "nll_loss2d_backward": Row(rule=nll_loss_backward, local=local_ops.nll_loss_backward),
     "nll_loss_backward": Row(rule=nll_loss_backward, local=local_ops.nll_loss_backward),

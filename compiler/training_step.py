@@ -84,7 +84,7 @@ class TrainingStep:
         """Lower a plan and set up this rank. Called by the pipeline in `api`."""
         _check_materialised(self.model)
         self.analysis, self._plan = analysis, plan
-        device = self._device()
+        device = self.device
         optimizer = self.options.optimizer
         assignment = plan.assignment(analysis.step, analysis.factors)
         self.program = lower(
@@ -104,7 +104,9 @@ class TrainingStep:
             path, self._pending_load = self._pending_load, None
             self.load(path)
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes. Raises StepError where the cluster's devices are not on this machine."""
         if self.options.device is not None:
             return torch.device(self.options.device)
         if self.cluster.device.kind != "cuda":
@@ -114,7 +116,9 @@ class TrainingStep:
                 f"cluster {self.cluster.name!r} has CUDA devices, this machine has none: a plan for it can be made here "
                 "(opweave.plan), but runs there. To run here use Cluster.detect()"
             )
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun
+        torch.cuda.set_device(device)
+        return device
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ def detect_cluster(quick: bool = True) -> Cluster:
 def _describe(quick: bool) -> dict[str, Any]:
     per_node = _devices_per_node()
     data = _describe_cuda(per_node) if torch.cuda.is_available() else _describe_cpu(per_node, quick)
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else per_node
+    initialised = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", per_node)) if _under_torchrun() else per_node
     data["num_nodes"] = max(1, world // per_node)
     return data
 
@@ -49,7 +50,13 @@ def _devices_per_node() -> int:
     """Ranks on this node under torchrun, else the CUDA devices, else one process."""
     if dist.is_available() and dist.is_initialized():
         return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if _under_torchrun():
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, torch.cuda.device_count())
+
+
+def _under_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def _total_memory() -> int:

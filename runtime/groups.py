@@ -235,3 +235,28 @@ def _difference(name: str, records: list[dict[str, str]]) -> str:
         return f"rank{'s' if len(ranks) > 1 else ''} {listed}: {value}"
 
     return f"{name} differs ({' | '.join(show(value, ranks) for value, ranks in by_value.items())})"
+
+
+def join_job(device_type: str, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    """Join the job torchrun started this process in, where the user has not: NCCL for "cuda", gloo for "cpu". Else nothing."""
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+
+
+def on_first_rank(make: Callable[[], Any]) -> Any:
+    """What `make()` yields on rank 0, on every rank; run by rank 0 alone. Without a process group: just `make()`.
+
+    An error on rank 0 is raised on all ranks, so that none waits for the others.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

@@ -6,8 +6,6 @@ import math
 import operator
 
 import torch
-from torch import fx
-
 from opweave.compiler.analyse import analyse
 from opweave.compiler.factors import result_values
 from opweave.compiler.lower import Assignment, Lowering
@@ -16,6 +14,7 @@ from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, unravel
 from opweave.runtime.state import ProgramState
+from torch import fx
 
 
 def interpret(step, inputs):
@@ -42,7 +41,9 @@ def interpret(step, inputs):
 def pieces_of(spec: ShardSpec, value: torch.Tensor) -> list[torch.Tensor]:
     """All ranks' pieces of a global tensor; a partial sum is given as different summands that add up to it."""
     num = math.prod(spec.mesh)
-    whole = ShardSpec(shape=spec.shape, factors=spec.factors, axes=tuple(None if isinstance(a, str) else a for a in spec.axes), mesh=spec.mesh)
+    whole = ShardSpec(
+        shape=spec.shape, factors=spec.factors, axes=tuple(None if isinstance(a, str) else a for a in spec.axes), mesh=spec.mesh
+    )
     out = []
     generator = torch.Generator().manual_seed(0)
     partial_axes = [i for i, a in enumerate(spec.axes) if isinstance(a, str)]
@@ -72,9 +73,23 @@ def one_op_program(lowering: Lowering, node: fx.Node, bound, chosen) -> LocalPro
     for index, value in enumerate(result_values(node)):
         if value is None:
             continue
-        piece = result[index] if isinstance(result, (tuple, list)) else result if value is node else lowering.e.op(operator.getitem, result, index)
+        piece = (
+            result[index]
+            if isinstance(result, (tuple, list))
+            else result
+            if value is node
+            else lowering.e.op(operator.getitem, result, index)
+        )
         outputs.append(piece)
-        out_ports.append(Port(name=value.name, kind="extra", fqn=value.name, dtype=value.meta["val"].dtype, spec=lowering.spec(value, chosen.results[index])))
+        out_ports.append(
+            Port(
+                name=value.name,
+                kind="extra",
+                fqn=value.name,
+                dtype=value.meta["val"].dtype,
+                spec=lowering.spec(value, chosen.results[index]),
+            )
+        )
     lowering.e.graph.output(tuple(outputs))
     return LocalProgram(mesh=lowering.mesh, graph=lowering.e.graph, inputs=tuple(ports), outputs=tuple(out_ports))
 
