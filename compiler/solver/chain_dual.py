@@ -20,16 +20,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ortools.linear_solver import pywraplp
 
+from .chain_messages import backward, forward
 from .forest import clear_forest, grow_forest, new_scratch, solve_forest
 from .graph import build_graph
 from .marginals import needless
 from .model import Model
-from .trws import backward, forward, new_messages
+from .trws import new_messages
 
 SAFETY = 1e-12
 """Rounding error of a sum of costs, relative to the sum of their magnitudes; taken off every bound."""
 
 STEP = 0.3
+SETTLED = 0.3
+"""The dual counts as settled when it can rise by no more than this part of the distance to the best selection."""
+
 GRAIN = 0.1
 """Part of what is still open that a few rounds of messages should gain."""
 
@@ -148,14 +152,8 @@ class Dual:
 
     def add_slot(self, k: int) -> None:
         """Give slot ``k`` a price of its own, zero so far."""
-        m = self.model
-        usage = np.zeros(len(m.cost))
-        rows = np.flatnonzero((m.row_start <= k) & (m.row_end > k))
-        for r in rows:
-            at = m.node_off[m.row_node[r]]
-            usage[at : at + m.row_off[r + 1] - m.row_off[r]] += m.row_bytes[m.row_off[r] : m.row_off[r + 1]]
         self.slots.append(k)
-        self.usage.append(usage / self.unit[k])
+        self.usage.append(slot_usage(self.model, k) / self.unit[k])
 
     def price(self, point: Point) -> tuple[np.ndarray, float]:
         """Node costs and constant under ``point``; sets the edge matrices."""
@@ -241,7 +239,7 @@ class Dual:
         cut = self.trial(self.best, 150, fine, max(fine, GRAIN * room) if math.isfinite(room) else fine)
         master = self._master(cut, cuts)
         self.cuts, self.mixture = master.cuts, [(1.0, cut)]
-        mixed, history = cut.over, [self.bound]
+        mixed, history = cut.over, [self.upper]
         for _ in range(trials):
             if self._met(gap) or self.bound > self.ceiling or time.perf_counter() > self.deadline:
                 return True
@@ -262,8 +260,9 @@ class Dual:
             master.add_cut(cut)
             if grow and (self.bound > before or self.upper == math.inf):
                 master.widen(4.0 * master.box)
-            history.append(self.bound)
-            if len(history) > 16 and history[-1] - history[-12] <= 0.02 * (min(self.upper, top) - self.bound) and self.upper < math.inf:
+            history.append(self.upper)
+            settled = top - self.bound <= SETTLED * (self.upper - top) and len(history) > 6 and history[-6] == self.upper
+            if settled and self.upper < math.inf:
                 break
         return self._met(gap)
 
@@ -316,6 +315,15 @@ class Dual:
             forward(unary, self.msg_off, self.msg, self.graph, x)
             backward(unary, self.msg_off, self.msg, self.graph)
         return unary, constant
+
+
+def slot_usage(model: Model, k: int) -> np.ndarray:
+    """Bytes that every strategy brings to slot ``k``."""
+    usage = np.zeros(len(model.cost))
+    for r in np.flatnonzero((model.row_start <= k) & (model.row_end > k)):
+        at = model.node_off[model.row_node[r]]
+        usage[at : at + model.row_off[r + 1] - model.row_off[r]] += model.row_bytes[model.row_off[r] : model.row_off[r + 1]]
+    return usage
 
 
 def _ceiling(model: Model) -> float:

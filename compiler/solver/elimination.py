@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 import time
-
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..problem import SelectionProblem
 from .chain_branch import EXACT_ENTRIES, Search, solve_exactly
-from .chain_dual import Dual, Point
+from .chain_dual import Dual, Point, slot_usage
 from .model import Model, from_problem
 from .presolve import Reduced, presolve
 from .substitute import drop_slots
@@ -142,6 +142,16 @@ def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, g
         return None
     run = Structured(from_problem(problem), started + time_limit_s, gap, seed)
     run.run()
+    if run.infeasible:
+        return Solution(
+            selection=np.zeros(0, dtype=np.int64),
+            objective=math.inf,
+            lower_bound=math.inf,
+            gap=math.inf,
+            status="infeasible",
+            reason=_why_infeasible(problem, run.model, run.deadline, seed),
+            seconds=time.perf_counter() - started,
+        )
     if run.x is None:
         return None
     score = problem.evaluate(run.x)
@@ -157,6 +167,57 @@ def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, g
         reason="",
         seconds=time.perf_counter() - started,
     )
+
+
+def _why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
+    """The slot that cannot be met, with the least bytes any selection needs there; or what else is known."""
+    if model.num_slots == 0:
+        return "no selection avoids all forbidden entries"
+    least = model.least_loads()
+    order = np.argsort(-(least - model.slot_limit) / np.maximum(model.slot_limit, 1.0), kind="stable")
+    for k in _apart(order, 10):
+        if least[k] <= model.slot_limit[k]:
+            least[k] = max(least[k], least_load(model, k, min(deadline, time.perf_counter() + 1.0), seed))
+        if least[k] > model.slot_limit[k]:
+            return _at_slot(problem, model, k, float(least[k]))
+    k = int(order[0])
+    tightest = _at_slot(problem, model, k, float(least[k]))
+    return f"no selection avoids all forbidden entries and fits memory at every time; tightest: {tightest}"
+
+
+def _at_slot(problem: SelectionProblem, model: Model, k: int, least: float) -> str:
+    pool = int(model.slot_pool[k])
+    limit = problem.limits[pool]
+    return f"pool {problem.pools[pool]!r} needs at least {least:.0f} bytes at time {model.slot_time[k]}, its limit is {limit:.0f}"
+
+
+def _apart(order: np.ndarray, most: int) -> list[int]:
+    """The first entries of ``order`` that are no neighbours of each other."""
+    picked: list[int] = []
+    for k in order.tolist():
+        if all(abs(k - other) > 3 for other in picked):
+            picked.append(k)
+        if len(picked) == most:
+            break
+    return picked
+
+
+def least_load(model: Model, k: int, deadline: float, seed: int) -> float:
+    """A lower bound on the bytes of slot ``k`` over all selections without forbidden entries: the dual with bytes as costs."""
+    unit = max(float(model.slot_limit[k]), 1.0)
+    bytes_of = slot_usage(model, k) / unit
+    weightless = replace(
+        model,
+        cost=np.where(np.isfinite(model.cost), bytes_of, np.inf),
+        edge_cost=np.where(np.isfinite(model.edge_cost), 0.0, np.inf),
+        node_stream=np.zeros((0, len(model.cost))),
+        edge_stream=np.zeros((0, len(model.edge_cost))),
+        stream_constant=np.zeros(0),
+        constant=0.0,
+    )
+    dual = Dual(weightless, lambda x, objective: None, deadline, seed)
+    dual.trial(dual.best, 50, 1e-9, 1e-6)
+    return max(0.0, (dual.bound - 1e-9) * unit)
 
 
 def _unit(size: int, at: int) -> np.ndarray:

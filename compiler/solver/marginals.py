@@ -13,76 +13,49 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .graph import Graph
+from .chain_messages import gather, send, widest
 
 
 @numba.njit(cache=True, nogil=True)
-def _total(v, unary, off, msg, g, out):  # type: ignore[no-untyped-def]
-    """``D_v`` into ``out``; returns ``n_v``."""
-    lo, size = g.node_off[v], g.node_off[v + 1] - g.node_off[v]
-    earlier, later = 0, 0
-    for i in range(size):
-        out[i] = unary[lo + i]
-    for h in range(g.half_off[v], g.half_off[v + 1]):
-        base = off[g.back[h]]
-        for i in range(size):
-            out[i] += msg[base + i]
-        if g.neighbor[h] > v:
-            later += 1
-        else:
-            earlier += 1
-    return max(earlier, later, 1)
-
-
-@numba.njit(cache=True, nogil=True)
-def needless(slack, unary, off, msg, g: Graph, node_cut, pair_cut):  # type: ignore[no-untyped-def]
+def needless(slack, unary, off, msg, g, node_cut, pair_cut):  # type: ignore[no-untyped-def]
     """Mark strategies and pairs (by matrix entry of the forward half-edge) of excess above ``slack``; a forward pass of the messages.
 
     To be called right after a backward pass; ``slack`` is the best known objective minus that pass's bound.
     """
-    num = len(g.node_off) - 1
+    num, most = len(g.node_off) - 1, widest(g)
     before, share = np.empty(len(unary)), np.empty(num)
-    widest = 1
+    totals, rest, work = np.empty(most), np.empty(most), np.empty(most)
     for v in range(num):
-        widest = max(widest, g.node_off[v + 1] - g.node_off[v])
-    total, rest, out = np.empty(widest), np.empty(widest), np.empty(widest)
+        share[v] = gather(v, unary, off, msg, g, before[g.node_off[v] : g.node_off[v + 1]])
     for v in range(num):
-        share[v] = 1.0 / _total(v, unary, off, msg, g, before[g.node_off[v] : g.node_off[v + 1]])
-    for v in range(num):
-        lo, size = g.node_off[v], g.node_off[v + 1] - g.node_off[v]
-        _total(v, unary, off, msg, g, total)
-        low = np.inf
-        for i in range(size):
-            low = min(low, total[i])
-        for i in range(size):
-            if total[i] - low > slack:
+        lo, total = g.node_off[v], totals[: g.node_off[v + 1] - g.node_off[v]]
+        gather(v, unary, off, msg, g, total)
+        low = total.min()
+        for i in range(len(total)):
+            total[i] -= low
+            if total[i] > slack:
                 node_cut[lo + i] = True
         for h in range(g.half_off[v], g.half_off[v + 1]):
             t = g.neighbor[h]
-            if t < v:
-                continue
-            first, width, inward = g.node_off[t], off[h + 1] - off[h], off[g.back[h]]
-            for j in range(width):
-                rest[j] = share[t] * before[first + j] - msg[off[h] + j]
-                out[j] = np.inf
-            least, line = np.inf, g.at[h]
-            for i in range(size):
-                a = share[v] * total[i] - msg[inward + i]
-                for j in range(width):
-                    value = a + g.matrix[line + j]
-                    out[j] = min(out[j], value)
-                    least = min(least, value + rest[j])
-                line += width
-            line = g.at[h]
-            for i in range(size):
-                a = share[v] * total[i] - msg[inward + i]
-                room = slack - (1.0 - share[v]) * (total[i] - low) + least
-                for j in range(width):
-                    if a + g.matrix[line + j] + rest[j] > room:
-                        pair_cut[line + j] = True
-                line += width
-            low_out = np.inf
-            for j in range(width):
-                low_out = min(low_out, out[j])
-            for j in range(width):
-                msg[off[h] + j] = out[j] - low_out
+            if t > v:
+                for j in range(off[h + 1] - off[h]):
+                    rest[j] = share[t] * before[g.node_off[t] + j] - msg[off[h] + j]
+                _needless_pairs(h, slack, share[v], total, rest[: off[h + 1] - off[h]], off, msg, g, pair_cut)
+                send(h, share[v], off, msg, g, total, work)
+
+
+@numba.njit(cache=True, nogil=True)
+def _needless_pairs(h, slack, share, total, rest, off, msg, g, pair_cut):  # type: ignore[no-untyped-def]
+    size, width, inward = len(total), len(rest), off[g.back[h]]
+    least = np.inf
+    for i in range(size):
+        a, line = share * total[i] - msg[inward + i], g.matrix[g.at[h] + i * width : g.at[h] + (i + 1) * width]
+        for j in range(width):
+            value = a + line[j] + rest[j]
+            least = value if value < least else least
+    for i in range(size):
+        a, at = share * total[i] - msg[inward + i], g.at[h] + i * width
+        room = slack - (1.0 - share) * total[i] + least
+        for j in range(width):
+            if a + g.matrix[at + j] + rest[j] > room:
+                pair_cut[at + j] = True
