@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opweave.compiler.problem import FORBIDDEN, SelectionProblem
+from opweave.compiler.solver import elimination
+from opweave.compiler.solver.chain_dual import Dual, Point
 from opweave.compiler.solver.elimination import solve_structured
+from opweave.compiler.solver.model import from_problem
 
 
 def random_problem(seed: int) -> SelectionProblem:
@@ -57,19 +61,79 @@ def brute_force(problem: SelectionProblem) -> float:
     return best
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_equals_brute_force(seed: int) -> None:
-    problem = random_problem(seed)
+def check(problem: SelectionProblem) -> None:
     problem.verify()
     best = brute_force(problem)
-    answer = solve_structured(problem, gap=1e-9, time_limit_s=20.0)
-    if answer is None:
+    answer = solve_structured(problem, gap=1e-6, time_limit_s=20.0)
+    assert answer is not None
+    if best == math.inf:
+        assert answer.status == "infeasible" and answer.reason
         return
+    assert answer.status == "optimal"
+    assert problem.evaluate(answer.selection).feasible
     assert answer.lower_bound <= best * (1 + 1e-9) + 1e-9
-    if answer.status == "infeasible":
-        assert best == math.inf and answer.reason
-    else:
-        assert answer.objective >= best - 1e-9
-        if answer.status == "optimal":
-            assert answer.objective <= best + 1e-6
+    assert best - 1e-9 <= answer.objective <= best * (1 + 1e-6) + 1e-6
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_equals_brute_force(seed: int) -> None:
+    check(random_problem(seed))
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_equals_brute_force_by_branching(seed: int) -> None:
+    with mock.patch.object(elimination, "EXACT_ENTRIES", -1):
+        check(random_problem(seed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_dual_and_forbidding_keep_better_selections(seed: int) -> None:
+    """At any prices the bound holds, and what is forbidden is used by no selection below the cutoff."""
+    problem = random_problem(seed)
+    if (problem.num_strategies < 1).any():
+        return
+    model, rng = from_problem(problem), np.random.default_rng(seed)
+    dual = Dual(model, lambda x, objective: None, math.inf, 0)
+    for k in range(min(3, model.num_slots)):
+        dual.add_slot(k)
+    weight = rng.random(model.num_streams) / max(model.num_streams, 1)
+    point = Point(rng.random(len(dual.slots)) * 10, weight)
+    dual.trial(point, 5, 0.0, 0.0)
+    best = brute_force(problem)
+    assert dual.bound <= best + 1e-9 * abs(best)
+    if best < math.inf:
+        cutoff = best + rng.choice([0.0, 1.0, 5.0])
+        left = dual.forbid([point], cutoff)
+        for x in itertools.product(*(range(int(s)) for s in problem.num_strategies)):
+            score = problem.evaluate(x)
+            if score.feasible and score.objective <= cutoff:
+                assert left.objective(np.array(x)) < math.inf
+
+
+def test_no_selection_fits() -> None:
+    """Each node alone fits, forbidden pairs leave nothing that fits together; the least bytes are those of a permitted selection."""
+    problem = SelectionProblem(
+        num_strategies=np.array([2, 2], dtype=np.int32),
+        node_cost=np.zeros(4),
+        edges=np.array([[0, 1]], dtype=np.int32),
+        edge_cost=np.array([np.inf, 0.0, 0.0, np.inf]),
+        pools=("device",),
+        limits=np.array([11.0]),
+        usage_node=np.array([0, 1]),
+        usage_pool=np.array([0, 0]),
+        usage_start=np.array([3, 4]),
+        usage_end=np.array([8, 7]),
+        usage_bytes=np.array([4.0, 9.0, 5.0, 8.0]),
+    )
+    answer = solve_structured(problem)
+    assert answer is not None and answer.status == "infeasible"
+    assert answer.reason == "pool 'device' needs at least 12 bytes at time 4, its limit is 11"
+
+
+def test_too_large_is_left_to_others() -> None:
+    num = elimination.MOST_NODES + 1
+    problem = SelectionProblem(num_strategies=np.ones(num, dtype=np.int32), node_cost=np.zeros(num))
+    assert solve_structured(problem) is None
