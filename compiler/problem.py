@@ -564,7 +564,7 @@ def _to_native(p: SelectionProblem) -> dict[str, Any]:
 def _from_native(data: Mapping[str, Any]) -> SelectionProblem:
     unknown = set(data) - set(_ARRAYS) - {"format", "name", "pools", "streams"}
     _check(not unknown, f"malformed problem: unknown key {sorted(unknown)[:1]}")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for key, dtype in _ARRAYS.items():
         try:
             arrays[key] = np.array(_section(data, key), dtype=dtype)

@@ -28,7 +28,7 @@ def solve_file(
     """
     started = time.perf_counter()
     problem = SelectionProblem.load(path)
-    remaining = max(time_limit_s - (time.perf_counter() - started), 0.01)
+    remaining = max(0.98 * time_limit_s - (time.perf_counter() - started), 0.01)  # the rest is for the last steps
     solution = solve(problem, time_limit_s=remaining, gap=gap, seed=seed, progress=_live_line if progress else None)
     if progress:
         sys.stderr.write("\n")

@@ -7,6 +7,7 @@ consecutive, and a usage row covers a range of them. Streams stay as extra linea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -126,7 +127,7 @@ def from_problem(problem: SelectionProblem) -> Model:
     )
 
 
-def _slot_rows(problem: SelectionProblem) -> dict[str, np.ndarray]:
+def _slot_rows(problem: SelectionProblem) -> dict[str, Any]:
     """Usage rows of limited pools over slots: the elementary intervals between the start and end times of each pool."""
     offsets = problem.usage_offsets()
     start, end = np.zeros(len(problem.usage_node), dtype=np.int64), np.zeros(len(problem.usage_node), dtype=np.int64)

@@ -7,6 +7,7 @@ nodes with two neighbours (see ``fold_pairs``).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,9 +97,4 @@ def _tie(reduced: Reduced) -> None:
 
 def _copy(model: Model) -> Model:
     """Steps that forbid work in place; the caller's model stays as it is."""
-    return Model(
-        **{
-            name: (value.copy() if isinstance(value := getattr(model, name), np.ndarray) else value)
-            for name in Model.__dataclass_fields__
-        }
-    )
+    return copy.deepcopy(model)

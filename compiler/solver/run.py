@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -261,6 +262,7 @@ class Run:
         ascend = number % 3 != 0 and self.dual.iterations < MOST_ITERATIONS
         start = self.best if self.best is not None else fresh
         hot = HOT[number % len(HOT)]
+        other: Future[Any]
         if ascend:
             other = pool.submit(self.dual.run, ROUND_ITERATIONS, self.deadline)
         else:

@@ -8,6 +8,7 @@ import pytest
 from opweave.compiler.solver.lagrange import Dual
 from opweave.compiler.solver.model import from_problem
 from opweave.compiler.solver.presolve import presolve
+
 from tests.compiler.solver.problems import model_optimum, random_problem
 
 

@@ -1,6 +1,7 @@
 """Every reduction alone keeps the optimum, and the way back gives a selection of the same value."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from opweave.compiler.solver.reduce import (
     tied_parents,
 )
 from opweave.compiler.solver.substitute import bind, drop_slots, keep_strategies, substitute
+
 from tests.compiler.solver.problems import brute_force, model_optimum, random_problem
 
 SEEDS = range(120)
@@ -86,7 +88,7 @@ def test_chain_of_equal_choices_becomes_one_node() -> None:
     b = ProblemBuilder()
     nodes = [b.add_node([1.0, 2.0, 0.5 * n]) for n in range(20)]
     same = np.where(np.eye(3) > 0, 0.0, math.inf)
-    for u, v in zip(nodes, nodes[1:], strict=False):
+    for u, v in itertools.pairwise(nodes):
         b.add_edge(u, v, same)
     reduced = presolve(from_problem(b.build()))
     assert reduced.model.num_nodes == 0

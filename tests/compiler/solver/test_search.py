@@ -9,6 +9,7 @@ from opweave.compiler.solver.graph import build_graph, build_rows
 from opweave.compiler.solver.improve import Incumbent, Searcher
 from opweave.compiler.solver.memory import fill_loads, load_change
 from opweave.compiler.solver.model import from_problem
+
 from tests.compiler.solver.problems import random_problem
 
 
