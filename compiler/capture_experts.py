@@ -45,14 +45,13 @@ def experts_as_one_op(model: nn.Module) -> Iterator[None]:
 
 def _experts_forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """hidden_states [t, h], top_k_index and top_k_weights [t, k] -> [t, h]."""
-    act = _ACTIVATIONS.get(type(self.act_fn).__name__)
+    act = _ACTIVATIONS.get(type(getattr(self, "act_fn", None)).__name__)
     if act is None or not _is_plain(self):
         fallback = sys.modules["transformers.integrations.moe"].batched_mm_experts_forward
         return fallback(self, hidden_states, top_k_index, top_k_weights)
-    operands = (hidden_states, self.gate_up_proj, self.down_proj)
+    x, gate_up, down = hidden_states, self.gate_up_proj, self.down_proj
     if torch.is_autocast_enabled("cpu"):  # as the linear layers inside would; autocast does not know our op
-        operands = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in operands)
-    x, gate_up, down = operands
+        x, gate_up, down = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, gate_up, down))
     return MoeMlp.apply(x, top_k_index, top_k_weights, gate_up, down, act).to(hidden_states.dtype)
 
 

@@ -158,6 +158,24 @@ def test_model_is_left_as_it_was():
     assert not nn.modules.module._global_forward_hooks
 
 
+def test_experts_of_another_form_are_captured_without_the_op():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GptOssConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=16, vocab_size=64,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, ids = transformers.GptOssForCausalLM(config).train(), torch.randint(3, 64, (2, 8))
+    model.set_experts_implementation("eager")
+    step = capture(model, {"input_ids": ids, "labels": ids})
+    loss, grads = eager(model, {"input_ids": ids, "labels": ids})
+    results = interpret(step, inputs_of(step, model, {"input_ids": ids, "labels": ids}))
+    assert "opweave.moe_mlp.default" not in targets(step)
+    torch.testing.assert_close(results[0], loss)
+    for output, result in zip(step.outputs, results, strict=True):
+        if output.kind == "grad":
+            torch.testing.assert_close(result, grads[output.fqn])
+
+
 # What the graph says
 
 
