@@ -306,9 +306,7 @@ def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
     ranks: Annotated[str | None, typer.Option(metavar="2x4", help="Mesh of the ranks run in lockstep.")] = None,
     batch: BatchOption = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float64, float32 or bfloat16; a plan file is run as it is unless this is given.")
-    ] = None,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
     force: ForceOption = None,
@@ -318,17 +316,15 @@ def verify(
     """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
     from .cli_tables import pairs_table, plain
 
-    sizes, kind, made = _batch(batch), _dtype(dtype or "float64"), None
+    sizes, kind, made = _batch(batch), _dtype(dtype), None
     if model.endswith(".json") or Path(model).is_file():
         made = _load_plan(Path(model))
         model, optimizer, force = _source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
         recorded = made.model.get("batch")
         sizes = sizes or ((recorded[0], recorded[1]) if recorded else None)
         ranks = ranks or "x".join(map(str, made.mesh))
-        if dtype is None and parse_sizes(ranks, "--ranks") == made.mesh:
-            kind = _dtype("float32")
-        else:  # the plan's way of splitting in another dtype or on another mesh is planned anew
-            made = None
+        if parse_sizes(ranks, "--ranks") != made.mesh:
+            raise ValueError(f"the plan is for the mesh {'x'.join(map(str, made.mesh))}, --ranks is {ranks}; leave --ranks away")
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
     mesh = parse_sizes(ranks, "--ranks")
@@ -338,6 +334,10 @@ def verify(
 
         built, example = _resolve_model(model, sizes)
         chosen = _optimizer(optimizer, built)
+        if made is not None:
+            from .compiler.timeline import in_any_precision
+
+            made = in_any_precision(made, built, example, chosen)
         try:
             report = api.verify(
                 built, example, ranks=mesh, optimizer=chosen, steps=steps, dtype=kind, force=force, plan=made, tolerance=tolerance

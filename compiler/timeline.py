@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .capture import capture
 from .lower import lower
 from .plan import Plan
 from .rule_table import op_name
+from .step_graph import StepGraph
 
 COLLECTIVES = "collectives"
 POOL = "device"
@@ -63,6 +64,19 @@ def timeline_of_plan(
     plan.check(analysis.step)
     name = type(optimizer).__name__ if optimizer is not None else ""
     return timeline(lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=name), cluster)
+
+
+class _AnyPrecision(Plan):
+    """A plan whose decisions are applied to the step in another precision, where the same ops have the same names."""
+
+    def check(self, step: StepGraph, cluster: Any = None) -> None:
+        """Nothing: `in_any_precision` has checked the step it was made for. Ops that differ are found by `assignment`."""
+
+
+def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None) -> Plan:
+    """The plan for verification in float64. Raises PlanError where it was made for another model, batch or optimizer."""
+    plan.check(capture(model, batch, optimizer=optimizer))
+    return _AnyPrecision(**{item.name: getattr(plan, item.name) for item in fields(Plan)})
 
 
 def timeline(program: LocalProgram, cluster: Cluster) -> Timeline:

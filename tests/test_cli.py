@@ -9,6 +9,7 @@ import opweave.compiler
 import pytest
 from opweave import cli, zoo
 from opweave.cli_tables import bytes_text, cell, plain, seconds_text
+from opweave.compiler import timeline
 from opweave.compiler.plan import Decision, Plan
 from opweave.compiler.verify import VerificationError
 from opweave.cost_model import journal
@@ -51,6 +52,7 @@ def fake(monkeypatch):
     api.plan, api.verify = plan, verify
     monkeypatch.setitem(sys.modules, "opweave.compiler.api", api)
     monkeypatch.setattr(opweave.compiler, "api", api, raising=False)
+    monkeypatch.setattr(timeline, "in_any_precision", lambda plan, *_: plan)
     monkeypatch.setattr(zoo, "load", lambda spec, batch=None: (calls.append(("load", spec, batch)), (model, {"x": 1}))[1])
     return calls
 
@@ -96,9 +98,9 @@ def test_plan_show_explain_verify_share_a_file(fake, tmp_path):
     assert json.loads(run("verify", path, "--json")[1])["ranks"] == [2, 4]
     assert ("load", "opt-tiny", (8, 16)) in fake
     kwargs = next(call for call in fake if call[0] == "verify")[2]
-    assert isinstance(kwargs["plan"], Plan) and str(kwargs["dtype"]) == "torch.float32"
-    assert run("verify", path, "--dtype", "float64", "--json")[0] == 0
-    assert fake[-1][2]["plan"] is None, "another dtype is another step: planned anew"
+    assert kwargs["plan"].mesh == (2, 4) and str(kwargs["dtype"]) == "torch.float64"
+    code, _, err = run("verify", path, "--ranks", "2")
+    assert code == 2 and "the plan is for the mesh 2x4, --ranks is 2" in err
 
 
 def test_diff_names_what_changed(tmp_path):

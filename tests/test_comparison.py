@@ -52,3 +52,11 @@ def test_compare_refuses_what_is_no_profile(plan_file, tmp_path):
 def test_profiles_survive_json():
     profile = comparison.Profile(step_time_s=0.1, peak_bytes=5, seconds={"mm": 0.01})
     assert comparison.Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_a_plan_file_is_verified_in_float64(tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("plan", "opt-tiny", "--cluster", "cpu:2", "--batch", "4x16", "--force", "zero3", "-o", path, "--json")[0] == 0
+    code, out, _ = run("verify", path, "--steps", "2", "--json")
+    report = json.loads(out)
+    assert code == 0 and max(report["max_relative_difference"].values()) < 1e-10 and report["collectives"]
