@@ -361,6 +361,22 @@ def test_a_bad_batch_changes_nothing(optimizer, value):
         assert same(snapshot(disturbed), snapshot(undisturbed))
 
 
+def test_too_big_for_the_cluster():
+    """How many bytes too many, on which device, and what to change."""
+    model, data = zoo.load("opt-30b")
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ow.compiler.planner.DoesNotFitError) as caught:
+        ow.plan(model, "a100-40gb", data, optimizer=adam)
+    text = str(caught.value)
+    for piece in ("OPTForCausalLM does not fit on 'a100-40gb'", "A100-PCIE-40GB", "usable bytes", "too many", "Ways out: a smaller batch"):
+        assert piece in text, text
+
+
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match=r"the batch tensor 'x' has the shape \(0, 8\)"):
+        compiled()(batch(0))
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
