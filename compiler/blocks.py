@@ -28,7 +28,6 @@ def normalise(path: str) -> str:
 def op_keys(step: StepGraph, factors: FactorMap) -> dict[fx.Node, Hashable]:
     """For every op the key of its class; ops with equal keys share one choice."""
     ordinal: dict[tuple[str, str, str], int] = defaultdict(int)
-    partner_at: dict[str, tuple[int, ...]] = {}
     keys: dict[fx.Node, Hashable] = {}
     for node in step.ops:
         if is_getitem(node):
@@ -43,7 +42,6 @@ def op_keys(step: StepGraph, factors: FactorMap) -> dict[fx.Node, Hashable]:
         bound = factors.bind(node)
         dtype = tuple(str(v.dtype) for v in _values(node))
         keys[node] = (path, info.phase, name, at, bound, dtype)
-        partner_at[node.name] = (at,)
     return keys
 
 

@@ -82,10 +82,6 @@ class ChoiceGraph:
     # mesh axes on which parameters are read as they are stored (forced tensor parallelism)
     own_reads: tuple[int, ...] = ()
 
-    def relays(self, value: fx.Node, phase: str) -> list[Choice]:
-        """The choices a tensor passes between its producer and a reader of a phase."""
-        return [c for c in (self.kept.get(value), self.reads.get((value, phase))) if c is not None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restriction:

@@ -49,14 +49,3 @@ def spec_of(
     """The `ShardSpec` of a layout. splits: for each atom its (dim, factor index)."""
     axes = tuple(splits[c] if c >= 0 else PARTIAL_NAME.get(c) for c in layout)
     return ShardSpec(shape=shape, factors=factors, axes=axes, mesh=mesh)
-
-
-def show(layout: Layout, names: tuple[str, ...] | None = None) -> str:
-    """A layout for people: `[0, -1]` with names `b, h` is "b R"; partials are "+", "max", "min"."""
-
-    def one(code: int) -> str:
-        if code >= 0:
-            return names[code] if names else f"S{code}"
-        return {REPLICATED: "R", PARTIAL["sum"]: "+"}.get(code) or PARTIAL_NAME[code]
-
-    return " ".join(map(one, layout))

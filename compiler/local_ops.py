@@ -155,6 +155,11 @@ def dropout_mask(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     return e.op(runtime_ops.local_dropout_mask, seed, op_id, p, cut.result_spec(), e.coords)
 
 
+def random_numbers(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    make = runtime_ops.local_uniform if "uniform" in str(cut.node.target) else runtime_ops.local_normal
+    return e.op(make, args[0], args[1], cut.argument("dtype"), cut.result_spec(), e.coords)
+
+
 def _own_rows(e: Emitter, index: Any, axes: tuple[int, ...], size: int) -> tuple[Any, Any]:
     """Indices counted from this device's first row, and which of them it owns."""
     index = e.op(aten.sub.Tensor, index, e.offset(axes, size))

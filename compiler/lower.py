@@ -23,7 +23,7 @@ from ..runtime.sharding import ShardSpec
 from ..torch_compat import OpOverload
 from . import local_ops
 from .factors import BoundOp, FactorMap, is_getitem, result_values
-from .layout import PARTIAL_NAME, Layout, num_pieces, replicated, spec_of
+from .layout import PARTIAL_NAME, Layout, replicated, spec_of
 from .reshard import Step, steps
 from .rule import tensor_args
 from .rule_table import argument, op_name, row_of
@@ -488,9 +488,3 @@ def lower(
 ) -> LocalProgram:  # fmt: skip
     """The local program of every rank (see the module docstring)."""
     return Lowering(step, factors, assignment, device=device, optimizer=optimizer, bucket_bytes=bucket_bytes).run()
-
-
-def local_bytes(value: fx.Node, layout: Layout, mesh: tuple[int, ...]) -> float:
-    """Bytes of one device's piece."""
-    val = value.meta["val"]
-    return val.numel() * val.element_size() / num_pieces(layout, mesh)

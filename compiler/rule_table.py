@@ -822,6 +822,9 @@ TABLE: dict[str, Row] = {
     "opweave::moe_mlp": Row(rule=moe, local=local_ops.moe),
     "opweave::moe_mlp_backward": Row(rule=moe, local=local_ops.moe),
     "opweave::dropout_mask": Row(rule=generated(""), local=local_ops.dropout_mask),
+    "opweave::uniform": Row(rule=generated(""), local=local_ops.random_numbers),
+    "opweave::normal": Row(rule=generated(""), local=local_ops.random_numbers),
+    "opweave::constant": Row(rule=generated("!")),
     "opweave::update": Row(rule=update),
     # views
     **{name: Row(rule=view, local=local_ops.view) for name in _VIEWS},
@@ -837,6 +840,7 @@ TABLE: dict[str, Row] = {
     "select_scatter": Row(rule=select_scatter),
     "slice_scatter": Row(rule=slice_scatter),
     "split": Row(rule=split_rule, local=local_ops.split),
+    "unsafe_split": Row(rule=split_rule, local=local_ops.split),
     "split_with_sizes": Row(rule=split_rule, local=local_ops.split),
     "unbind": Row(rule=lambda node: _unbind(node)),
     "cat": Row(rule=cat_rule),

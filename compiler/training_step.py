@@ -20,7 +20,7 @@ from ..runtime.program import LocalProgram, shard_inputs
 from ..runtime.state import ProgramState
 from ..torch_compat import mark_stepped
 from .analyse import Analysis
-from .capture_tree import batch_tensors
+from .capture_tree import batch_constants, batch_tensors
 from .lower import lower
 from .plan import Plan, fingerprint
 
@@ -206,6 +206,13 @@ def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> di
             f"the batch has tensors {sorted(given)}, the batch this step was compiled with had {sorted(names)}; "
             "give batches of one structure"
         )
+    constants, had = batch_constants(batch), analysis.step.batch_constants
+    changed = sorted(path for path in {*constants, *had} if not _equal(constants.get(path), had.get(path)))
+    if changed:
+        raise StepError(
+            f"{changed[0]!r} of the batch is {constants.get(changed[0])!r}, it was {had.get(changed[0])!r} when the step was "
+            "compiled: values that are no tensors are fixed then; make it a tensor, or compile another step"
+        )
     for path, tensor in given.items():
         if tensor.device.type == "meta":
             raise StepError(f"the batch tensor {path!r} is on the meta device: it has no data to train on")
@@ -214,6 +221,13 @@ def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> di
         if info.kind == "seed":
             out[info.name] = torch.tensor((seed << 32) + num_steps, dtype=torch.int64)
     return out
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # values without a truth value of equality (arrays) count as changed
+        return False
 
 
 def plan_text(plan: Plan) -> str:
