@@ -91,7 +91,9 @@ class TrainingStep:
             analysis.step, analysis.factors, assignment, device=str(device), optimizer=type(optimizer).__name__ if optimizer else ""
         )
         groups = AxisGroups(plan.mesh)
-        groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step)})
+        o = self.options
+        shared = (o.mesh, o.force, o.memory_limit, o.clip_grad_norm, o.autocast, o.seed)
+        groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step), "options": repr(shared)})
         limit = self.options.memory_limit
         self.executor = Executor(self.program, groups, device, optimizer, limit_bytes=None if limit is None else int(limit))
         keep = self.options.keep_model
