@@ -133,8 +133,8 @@ def two(folder):
         return model(batch["x"]).square().mean()
 
     refused(AgreementError, "the ranks of this job do not run the same program", lambda: train_on(other, batch, 2, loss_fn=loss_fn))
-    force = "ddp" if dist.get_rank() else "zero3"
-    refused(AgreementError, "plan differs (rank 0:", lambda: train_on(mlp, batch, 2, force=force))
+    plan = ow.plan(mlp, cluster(2), batch, optimizer=adamw(mlp), force="ddp" if dist.get_rank() else "zero3")
+    refused(AgreementError, "plan differs (rank 0:", lambda: train_on(mlp, batch, 2, plan=plan))
     not_finite(mlp, batch)
 
 
