@@ -31,13 +31,13 @@ SAFETY = 1e-12
 """Rounding error of a sum of costs, relative to the sum of their magnitudes; taken off every bound."""
 
 STEP = 0.3
-SETTLED = 0.3
+SETTLED = 0.5
 """The dual counts as settled when it can rise by no more than this part of the distance to the best selection."""
 
-GRAIN = 0.1
+GRAIN = 0.3
 """Part of what is still open that a few rounds of messages should gain."""
 
-POLISH_IDLE = 3
+POLISH_IDLE = 2
 """Moves in a row, each without a gain of this part of what is open, after which a selection counts as settled."""
 POLISH_GAIN = 1e-3
 

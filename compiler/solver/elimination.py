@@ -6,9 +6,10 @@ Statement
     all selections better than the best one known.
 Rounds
     1. raise the bound by prices and weights; selections met on the way that fit are candidates;
-    2. forbid what no better selection uses, reduce (``presolve``), which also moves loads and costs that are now fixed into constants;
-    3. a small remainder goes to the exact solver: if it has nothing better, the best one known is optimal.
-    Each round starts from a smaller model, so its bound is at least as good; a round that gains nothing ends the loop.
+    2. where much is still open, branch and bound on the same dual (``chain_branch``);
+    3. forbid what no better selection uses, reduce (``presolve``), which also moves loads and costs that are now fixed into constants;
+    4. a small remainder goes to the exact solver: if it has nothing better, the best one known is optimal.
+    A round that forbids little makes the next one branch; two of them end the loop.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SHRINK_GAP = 0.005
 """Relative gap above which too little would be forbidden: branch first."""
 
 MOST_SPLITS = 400
+"""Parts of the branch and bound that are split at most."""
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Stream weights at which strategies are tested besides the best point: what loads a stream far too much shows at high ones."""
