@@ -1,6 +1,6 @@
 """Local forms: what one device runs for an op whose arguments or result depend on how it is cut.
 
-Most ops run unchanged on local tensors. The functions here write the others, through an `Emitter` (see `lower`): shapes become
+Most ops run unchanged on local tensors. The functions here write the others, through an `Emitter` (see `emit`): shapes become
 local shapes, starts become local starts, and letters with "*" or "#" in the rule table get their masks, offsets and exchanges.
 
 Each takes (emitter, cut, args, kwargs): `args` and `kwargs` are the op's own with local values in them, `cut` says what is split.
@@ -21,7 +21,7 @@ from ..runtime import ops as runtime_ops
 from .rule import argument_names
 
 if TYPE_CHECKING:
-    from .lower import Cut, Emitter
+    from .emit import Cut, Emitter
 
 aten = torch.ops.aten
 Args = list[Any]
