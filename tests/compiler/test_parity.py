@@ -367,7 +367,7 @@ def assert_random_plan_holds(name, mesh, seed):
     assert_equal(case(name), *run(case(name), to_assignment(graph, selection)), f"{name} on {mesh}, random plan {seed}")
 
 
-SMALL = ["gpt2-tiny", "convnet-tiny", "gnn-tiny", *(name for name in PLAIN if name != "group_norm")]
+SMALL = ["gpt2-tiny", "convnet-tiny", "gnn-tiny", *PLAIN]
 
 
 @settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -541,16 +541,17 @@ def distance(a, b):
 
 @pytest.mark.parametrize("name", ["opt-tiny", "resnet-tiny", "mixtral-tiny"])
 def test_autocast(name):
-    """One device equals eager PyTorch under autocast; two devices are as far from it as bf16 (8 bits) is from float32, not further."""
+    """One device equals eager PyTorch under autocast, bit for bit. Two devices round other partial sums to bf16 (8 bits): each of the two
+    results is one rounding error away from float32's, so they are at most two away from each other."""
     model, batch = zoo.load(name)
     expected_losses, expected = eager(copy.deepcopy(model), batch, under_autocast, sgd, dtype=torch.float32)
     exact_losses, exact = eager(copy.deepcopy(model), batch, None, sgd, dtype=torch.float32)
     losses, values = autocast_run(model, batch, 1)
-    if name == "mixtral-tiny":  # its experts are one op here, which adds up in bf16
-        assert losses == pytest.approx(expected_losses, rel=2**-8) and distance(values, expected) <= distance(exact, expected)
+    if name == "mixtral-tiny":  # its experts are one op here, which rounds at other places
+        assert losses == pytest.approx(expected_losses, rel=2**-8) and distance(values, expected) <= 2 * distance(exact, expected)
     else:
         assert losses == expected_losses and distance(values, expected) == 0
     losses, values = autocast_run(model, batch, 2)
     assert losses == pytest.approx(expected_losses, rel=2**-8)
-    assert 0 < distance(values, expected) <= distance(exact, expected)
+    assert 0 < distance(values, expected) <= 2 * distance(exact, expected)
     assert losses != pytest.approx(exact_losses, rel=1e-6), "autocast does nothing"
