@@ -249,11 +249,11 @@ class Dual:
             if answer is None:
                 return False
             top, goal, weights = answer
+            self.mixture = [(float(w), c) for w, c in zip(weights, master.cuts, strict=True) if w > 1e-6]
             grow = master.at_box(goal)
             if not grow and top - self.bound <= 0.1 * gap * abs(top):
                 break
             mixed = sum((w * c.over for w, c in zip(weights, master.cuts, strict=True) if w > 1e-9), np.zeros(self.model.num_slots))
-            self.mixture = [(float(w), c) for w, c in zip(weights, master.cuts, strict=True) if w > 1e-6]
             before = self.bound
             fine = 0.1 * gap * self._scale()
             cut = self.trial(_between(self.best, goal, STEP), 12, fine, max(fine, GRAIN * (top - self.bound)))
