@@ -8,6 +8,7 @@ handles millions of them.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from ..runtime.sharding import ShardSpec, Split
 
@@ -33,6 +34,7 @@ def fits(layout: Layout, atoms: tuple[int, ...], mesh: tuple[int, ...]) -> bool:
     return True
 
 
+@lru_cache(maxsize=1 << 16)
 def num_pieces(layout: Layout, mesh: tuple[int, ...]) -> int:
     """Into how many parts the tensor's elements are cut: global bytes / this = local bytes."""
     return math.prod(n for c, n in zip(layout, mesh, strict=True) if c >= 0)
