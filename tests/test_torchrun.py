@@ -1,7 +1,7 @@
 """Real processes: `ow.compile` under torchrun on two and four ranks, against one process of plain PyTorch, in float32 to 1e-5.
 
 Two ranks train and save; four ranks load that under another plan, train on and save; one process loads that. The same job covers what only
-several processes can get wrong: another world size than the plan's, a rank with another model or plan, a NaN on one rank.
+several processes can get wrong: another world size than the plan's, a rank with another model, plan or seed, a NaN on one rank.
 """
 
 import os
@@ -58,6 +58,7 @@ def test_jobs_that_do_not_fit_are_refused_on_all_ranks(two_ranks):
         "the mesh 4 needs 4 ranks, but this job has 2",
         "the ranks of this job do not run the same program",
         "plan differs (rank 0:",
+        "options differs (rank 0:",
         "parameters and optimizer state are as before this step",
     ):
         assert two_ranks.count(f"refused: {text}") == 2, two_ranks

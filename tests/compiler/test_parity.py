@@ -30,6 +30,7 @@ from opweave.compiler.lower import lower
 from opweave.compiler.plan import to_assignment
 from opweave.compiler.planner import plan_step
 from opweave.compiler.reshard import ReshardError, steps
+from opweave.compiler.rule_table import op_name
 from opweave.compiler.training_step import step_inputs
 from opweave.compiler.verify import VerificationError, computing_in, verify
 from opweave.cost_model.cluster import Cluster, Link
@@ -46,7 +47,7 @@ FORCED = {
     (2,): ("ddp", "zero3", "megatron"),
     (4,): ("zero1", "zero2", "megatron_sp"),
     (2, 2): ("megatron", "zero3+megatron", "zero2+megatron_sp"),
-    (2, 4): ("zero3", "ddp+megatron", "megatron_sp"),
+    (2, 4): ("zero3", "ddp+megatron", "zero1+megatron_sp"),
 }
 EVERY = [(mesh, force) for mesh, names in FORCED.items() for force in (None, *names)]
 
@@ -524,6 +525,8 @@ def under_autocast(model, batch):
 def autocast_run(model, batch, size):
     """Losses and parameters of the step under bf16 autocast on `size` devices."""
     analysis = analyse(capture(model, batch, optimizer=sgd(trained(model)), autocast=torch.bfloat16))
+    products = [n for n in analysis.step.ops if op_name(n).split(".")[0] in ("mm", "addmm", "convolution", "opweave::moe_mlp")]
+    assert products and all(n.args[0].meta["val"].dtype == torch.bfloat16 for n in products), "a product in float32"
     plan = plan_step(analysis, cluster(size), mesh=(size,), force="zero3" if size > 1 else None)
     program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer="SGD")
     executor = LockstepExecutor(program, sgd(trained(model)))

@@ -135,6 +135,8 @@ def two(folder):
     refused(AgreementError, "the ranks of this job do not run the same program", lambda: train_on(other, batch, 2, loss_fn=loss_fn))
     plan = ow.plan(mlp, cluster(2), batch, optimizer=adamw(mlp), force="ddp" if dist.get_rank() else "zero3")
     refused(AgreementError, "plan differs (rank 0:", lambda: train_on(mlp, batch, 2, plan=plan))
+    # Another seed would be another dropout mask on every rank.
+    refused(AgreementError, "options differs (rank 0:", lambda: train_on(mlp, batch, 2, seed=dist.get_rank()))
     not_finite(mlp, batch)
 
 
