@@ -50,7 +50,8 @@ class Link:
     """`count` equal places where a tensor goes from `source` to `target`.
 
     source_layouts, target_layouts: per option of the two choices the layout there. value: a representative tensor.
-    side: runs beside the computation (gradient reduction, parameter gather) rather than on the critical path.
+    side: runs beside the computation (gradient reduction, parameter gather) rather than on the critical path. bucketed: lowering sends
+    many such tensors in one message.
     """
 
     source: Choice
@@ -60,6 +61,7 @@ class Link:
     value: fx.Node
     count: int = 1
     side: bool = False
+    bucketed: bool = False
 
 
 @dataclass(slots=True)
@@ -267,13 +269,15 @@ class ChoiceBuilder:
 
     # -- links ----------------------------------------------------------------------------------------------------------
 
-    def _link(self, source: Choice, target: Choice, a: list[Layout], b: list[Layout], value: fx.Node, *, side: bool, tag: Hashable) -> None:
+    def _link(
+        self, source: Choice, target: Choice, a: list[Layout], b: list[Layout], value: fx.Node, *, side: bool, tag: tuple[Hashable, ...]
+    ) -> None:
         key = (source.index, target.index, tag, side)
         found = self._links.get(key)
         if found is not None:
             found.count += 1
             return
-        link = Link(source, target, a, b, value, 1, side)
+        link = Link(source, target, a, b, value, 1, side, bucketed=side and tag[0] in ("kept", "write"))
         self._links[key] = link
         self.out.links.append(link)
 
@@ -302,7 +306,7 @@ class ChoiceBuilder:
         for param, op in self.out.updates.items():
             update, stored = self.out.op_choice[op], self.out.input_choice[param]
             made = [s.results[0] for s in update.options]
-            self._link(update, stored, made, stored.options, result_values(op)[0] or param, side=True, tag="write")
+            self._link(update, stored, made, stored.options, result_values(op)[0] or param, side=True, tag=("write",))
 
 
 def build_choices(step: StepGraph, factors: FactorMap, mesh: tuple[int, ...], restriction: Restriction | None = None) -> ChoiceGraph:

@@ -24,6 +24,7 @@ from ..torch_compat import OpOverload
 from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
+from .lower import BUCKET_BYTES
 from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, steps
 from .rule import results_of, tensor_args
@@ -78,8 +79,11 @@ class CollectivePrices:
         latency, rate = self._coefficients["all_reduce", axis]
         return latency + rate * num_bytes
 
-    def matrix(self, a: list[Layout], b: list[Layout], num_bytes: float) -> np.ndarray:
-        """float64[len(a), len(b)] seconds between all layouts of two lists, for a tensor of `num_bytes` global bytes."""
+    def matrix(self, a: list[Layout], b: list[Layout], num_bytes: float, latency_share: float = 1.0) -> np.ndarray:
+        """float64[len(a), len(b)] seconds between all layouts of two lists, for a tensor of `num_bytes` global bytes.
+
+        latency_share: part of a message's latency that falls to this tensor, where several go in one message.
+        """
         ua, ia = _unique(a)
         ub, ib = _unique(b)
         key = (ua, ub)
@@ -88,7 +92,7 @@ class CollectivePrices:
             pairs = np.array([[self.pair(x, y) for y in ub] for x in ua])
             table = self._tables[key] = (pairs[:, :, 0], pairs[:, :, 1])
         fixed, per_byte = table
-        return (fixed + per_byte * num_bytes)[np.ix_(ia, ib)]
+        return (fixed * latency_share + per_byte * num_bytes)[np.ix_(ia, ib)]
 
 
 def _unique(layouts: list[Layout]) -> tuple[tuple[Layout, ...], list[int]]:
@@ -230,7 +234,9 @@ class Pricer:
         value = link.value.meta["val"]
         if isinstance(value, (list, tuple)):
             value = value[0]
-        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, tensor_bytes(value)) * link.count
+        num_bytes = tensor_bytes(value)
+        share = min(1.0, num_bytes / BUCKET_BYTES) if link.bucketed else 1.0
+        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, num_bytes, share) * link.count
         target = link.target
         if target.kind == "read":
             # An alias exists exactly where the kept tensor has that very layout.
