@@ -270,11 +270,13 @@ def main(argv: list[str] | None = None) -> int:
         dist.destroy_process_group()
     if rank != 0:
         return 0
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)  # from here on this process is alone; opweave joins the job that these describe
 
     written = sample(trained, args)
     (args.output / "sample.txt").write_text(written)
     console.print(f"the model writes:\n[dim]{'-' * 80}[/dim]", highlight=False)
-    console.print(written, markup=False, highlight=False)
+    console.print("".join(c if c.isprintable() or c == "\n" else "·" for c in written), markup=False, highlight=False)
     console.print(f"[dim]{'-' * 80}[/dim]")
     alone = train_alone(args, console, text, device)
     agrees = report((losses, speed), alone, ranks, console)
