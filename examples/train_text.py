@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         dist.destroy_process_group()
     if rank != 0:
         return 0
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)  # from here on this process is alone; opweave joins the job that these describe
 
     written = sample(trained, args)
