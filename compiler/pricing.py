@@ -205,7 +205,8 @@ class Pricer:
                     ]
                     per_row = tensor_bytes(operands[0]) / op.sizes[code] if operands else 0
                     num_bytes = max(small) if small else per_row / max(1, num_pieces(s.operands[0], self.mesh) / self.mesh[axis])
-                    rounds = 2 if choice.op.results[0] is not None and code in choice.op.results[0] and not small else 1
+                    first = op.results[0]
+                    rounds = 2 if first is not None and code in first and not small else 1
                     out[k] += rounds * self.prices.all_reduce(axis, num_bytes)
         return out
 
