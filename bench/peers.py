@@ -192,7 +192,8 @@ def build_opweave(case: Case, model: nn.Module, batch: Batch) -> Step:
     """What is measured. The cluster is measured too, so the plan is this machine's."""
     import opweave as ow
 
-    step = ow.compile(model, ow.Cluster.detect(), optimizer=make_optimizer(list(model.parameters())))
+    # Like its peers, which train the model they are given, it needs no second copy of the parameters.
+    step = ow.compile(model, ow.Cluster.detect(), optimizer=make_optimizer(list(model.parameters())), keep_model=False)
     step.prepare(batch)
     return step
 
