@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx
@@ -27,8 +27,9 @@ from .naming import module_rows, usual_names
 from .plan import Plan, decisions_of, fingerprint, to_assignment
 from .pricing import SIDE, PricedProblem, Pricer
 from .problem import ProblemBuilder, SelectionProblem
-from .solver import Solution, solve
-from .solver.elimination import solve_structured
+
+if TYPE_CHECKING:
+    from .solver import Solution
 
 GAP = 1e-4
 """Plans are proven to within this share of the best possible predicted time."""
@@ -165,6 +166,8 @@ def _solve(
 @lru_cache(maxsize=1)
 def _warm_up() -> None:
     """Compile the solver's kernels (once per machine: they are cached) before any time limit runs."""
+    from .solver.elimination import solve_structured
+
     builder = ProblemBuilder(pools={"device": 10.0}, streams=(SIDE,))
     nodes = [builder.add_node([1.0, 2.0, 3.0], [[-1.0, 0.0, 0.0]]) for _ in range(5)]
     for a, b in itertools.pairwise(nodes):
@@ -176,6 +179,10 @@ def _warm_up() -> None:
 
 def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
     """Step graphs are nearly chains, for which there is an engine of its own; what it cannot close goes to the general one."""
+    # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
+    from .solver import solve
+    from .solver.elimination import solve_structured
+
     _warm_up()
     structured = solve_structured(problem, time_limit_s=min(time_limit_s, 10.0), gap=GAP, seed=0)
     if structured is not None and structured.status != "feasible":

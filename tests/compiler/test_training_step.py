@@ -1,6 +1,8 @@
 """The compiled step as users meet it, in one process: options, extras, state, checkpoints, and the way back to the plain model."""
 
 import copy
+import subprocess
+import sys
 
 import opweave as ow
 import pytest
@@ -163,3 +165,27 @@ def test_clipping_and_autocast_are_options_of_compile():
     assert second_loss(clipped, clip_grad_norm=1e-3) > base + 1e-3
     in_half = second_loss(half, autocast=torch.bfloat16)
     assert in_half != base and in_half == pytest.approx(base, rel=2**-7)
+
+
+def test_a_plan_made_elsewhere_runs_without_a_solver(tmp_path):
+    """On the machine that trains, neither ortools nor numba need be there."""
+    script = """
+import sys, torch
+for name in ("ortools", "numba"):
+    sys.modules[name] = None
+import opweave as ow
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 8)
+step = ow.compile(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda m, x: m(x).square().mean(), plan=sys.argv[1])
+print(float(step(torch.ones(4, 8))))
+"""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    loss_fn = lambda m, x: m(x).square().mean()  # noqa: E731
+    plan = ow.plan(model, "cpu:1", torch.ones(4, 8), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=loss_fn)
+    plan.save(tmp_path / "plan.json")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "plan.json")], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(float(loss_fn(model, torch.ones(4, 8))))
