@@ -21,7 +21,7 @@ from .cluster import FORMAT, VERSION, Cluster
 
 _MEASURED = "measured: Cluster.detect, one size, best of a few runs"
 _SYSTEM = "measured: reported by the operating system"
-_OVERLAP = "assumption: a fifth of the computation hides messages; with python -m bench.peers on two cores 0.5 hid too much and 0 too little"
+_OVERLAP = "assumption: a fifth of compute hides messages; in python -m bench.peers on two cores 0.5 hid too much, 0 too little"
 _ASSUMED = "assumption: not measured by Cluster.detect; run `opweave calibrate`"
 
 
