@@ -166,7 +166,7 @@ def _solve(
 @lru_cache(maxsize=1)
 def _warm_up() -> None:
     """Compile the solver's kernels (once per machine: they are cached) before any time limit runs."""
-    from .solver.elimination import solve_structured
+    from .solver.structured import solve_structured
 
     builder = ProblemBuilder(pools={"device": 10.0}, streams=(SIDE,))
     nodes = [builder.add_node([1.0, 2.0, 3.0], [[-1.0, 0.0, 0.0]]) for _ in range(5)]
@@ -181,7 +181,7 @@ def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
     """Step graphs are nearly chains, for which there is an engine of its own; what it cannot close goes to the general one."""
     # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
     from .solver import solve
-    from .solver.elimination import solve_structured
+    from .solver.structured import solve_structured
 
     _warm_up()
     structured = solve_structured(problem, time_limit_s=min(time_limit_s, 10.0), gap=GAP, seed=0)

@@ -267,7 +267,7 @@ class Pricer:
         last_use = self._last_uses()
         for node in self.graph.step.graph.nodes:
             if node.op == "placeholder" and node in self.graph.input_choice:
-                self._stored_memory(node, add, last_use)
+                self._stored_memory(node, add)
             elif node.op == "call_function" and not is_getitem(node):
                 self._op_memory(node, add, last_use)
         for (value, _phase), choice in self.graph.reads.items():
@@ -297,7 +297,7 @@ class Pricer:
         num_bytes = tensor_bytes(value.meta["val"])
         return np.array([num_bytes / num_pieces(layout, self.mesh) for layout in layouts])
 
-    def _stored_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
+    def _stored_memory(self, node: fx.Node, add) -> None:  # type: ignore[no-untyped-def]
         choice = self.graph.input_choice[node]
         add(choice, 0, self._end, self._local(node, choice.options))
         update = self.graph.updates.get(node)

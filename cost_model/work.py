@@ -19,7 +19,6 @@ OP_CLASSES = (
     "matmul", "attention", "attention_backward", "conv", "conv_backward", "moe", "moe_backward", "norm", "norm_backward", "softmax",
     "softmax_backward", "pointwise", "transcendental", "reduction", "embedding", "scatter", "update", "copy", "view", "other",
 )  # fmt: skip
-CLASS_INDEX = {name: i for i, name in enumerate(OP_CLASSES)}
 
 Shape = tuple[int, ...] | None  # None: an output that is not computed, such as a gradient that nobody asked for
 Shapes = Sequence[Shape]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 Split = tuple[int, int]  # (dim, index of the factor inside that dim)
-REPLICATE = None
 PARTIALS = ("sum", "max", "min")
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opweave.compiler.problem import FORBIDDEN, SelectionProblem
-from opweave.compiler.solver import elimination
+from opweave.compiler.solver import structured
 from opweave.compiler.solver.chain_dual import Dual, Point
-from opweave.compiler.solver.elimination import solve_structured
 from opweave.compiler.solver.model import from_problem
+from opweave.compiler.solver.structured import solve_structured
 
 
 def random_problem(seed: int) -> SelectionProblem:
@@ -84,7 +84,7 @@ def test_equals_brute_force(seed: int) -> None:
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_equals_brute_force_by_branching(seed: int) -> None:
-    with mock.patch.object(elimination, "EXACT_ENTRIES", -1):
+    with mock.patch.object(structured, "EXACT_ENTRIES", -1):
         check(random_problem(seed))
 
 
@@ -134,6 +134,6 @@ def test_no_selection_fits() -> None:
 
 
 def test_too_large_is_left_to_others() -> None:
-    num = elimination.MOST_NODES + 1
+    num = structured.MOST_NODES + 1
     problem = SelectionProblem(num_strategies=np.ones(num, dtype=np.int32), node_cost=np.zeros(num))
     assert solve_structured(problem) is None
