@@ -18,6 +18,7 @@ from .memory import MemoryAccount, MemoryReport
 from .program import LocalProgram
 from .reuse import gathers_in_place
 from .sharding import unravel
+from .tiers import TierStore
 
 
 def _update(params: list[torch.Tensor], grads: list[Any], states: list[list[torch.Tensor]], *_: Any) -> list[torch.Tensor]:
@@ -51,12 +52,15 @@ def dry_run(program: LocalProgram) -> MemoryReport:
     """Peak memory of one step of `program`, which must have been lowered for the device "meta"."""
     account = MemoryAccount(slot_names(program), stored_slots(program))
     values: list[Any] = [unravel(0, program.mesh)]
+    store = TierStore()
     for port in program.inputs:
         assert port.spec is not None, f"{port.name} has no layout"
-        values.append(torch.empty(port.spec.local_shape(), dtype=port.dtype, device="meta"))
+        value = torch.empty(port.spec.local_shape(), dtype=port.dtype, device="meta")
+        values.append(value if port.tier == "device" else store.park(value, port.tier))
     stored = list(values)  # alive all the time, as in a state: an address must not be given to another storage
     text = write(program.graph, lockstep=True, tracked=True, into=gathers_in_place(program))
-    rank = text.bind({update.fused_update: _update})(values, account.track, account.drop)
+    bindings = {update.fused_update: _update} | store.bindings(None)
+    rank = text.bind(bindings)(values, account.track, account.drop)
     sizes: dict[tuple[int, ...], int] = {}
     answer = None
     while True:

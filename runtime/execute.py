@@ -4,8 +4,8 @@ The graph is turned once into the text of one Python function, one line per inst
 nothing else. A value is deleted right after its last use; `getitem`s stand directly behind what they take apart, so that a tuple
 does not keep its other parts alive. In a text for lockstep every collective is a `yield` (see `lockstep`).
 
-Memory. The first run is accounted: every instruction reports what it made and what died. Shapes do not change from step to
-step, so its peak is the peak of every step, and later steps run without the reports.
+Memory. The first run is accounted: every instruction reports what it made and what died, on the device and in the tiers behind it. Shapes
+do not change from step to step, so its peak is the peak of every step, and later steps run without the reports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import linecache
 import operator
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch
 from torch import fx
 
 from .. import torch_compat
-from . import collectives, update
+from . import collectives, tiers, update
 from .collectives import Communicator
 from .groups import AxisGroups
-from .memory import MemoryAccount, MemoryLimitError, MemoryReport
+from .memory import Limits, MemoryAccount, MemoryLimitError, MemoryReport, pool_limits
 from .program import STORED_KINDS, LocalProgram, Port
 from .reuse import gathers_in_place
 from .state import ProgramState
+from .tiers import Parked, TierOptions, TierStore, Traffic
 
 __all__ = ["Executor", "MemoryLimitError", "MemoryReport", "ProgramText", "program_axes"]
 
@@ -113,6 +114,8 @@ class _Writer:
         if node.users or self.tracked:
             self._add(f"{self._name(node)} = {call}", node)
             self._report(node)
+            if node.target is tiers.settle and isinstance(node.args[0], fx.Node):
+                self._report(node.args[0])  # it has let go of what it copied
         else:
             self._add(call, node)
         self._delete([*dying, *([node] if not node.users and self.tracked else [])])
@@ -261,14 +264,29 @@ def _axes(node: fx.Node) -> Any:
 def check_updates_last(graph: fx.Graph) -> None:
     """An update writes its inputs in place: an AssertionError where an instruction behind it still reads the old value."""
     updated: dict[fx.Node, fx.Node] = {}
+    copied: dict[fx.Node, fx.Node] = {}  # parking → the value it still reads
     for node in graph.nodes:
         if node.op == "output":
             return
         for used in node.all_input_nodes:
             by = updated.get(used)
             assert by is None, f"{node.name} reads {used.name} after {by and by.name} has updated it in place"
-        if node.op == "call_function" and node.target is update.fused_update:
-            updated |= dict.fromkeys(update.written(node), node)
+            copied.pop(used, None)
+        if node.op != "call_function":
+            continue
+        if node.target in (tiers.offload, tiers.write_back):
+            copied[node] = node.all_input_nodes[-1]
+        written = list(_overwritten(node))
+        for parking, value in copied.items():
+            assert value not in written, f"{node.name} updates {value.name} in place while {parking.name} still copies it"
+        updated |= dict.fromkeys(written, node)
+
+
+def _overwritten(node: fx.Node) -> Iterable[fx.Node]:
+    """The values an instruction changes in place."""
+    if node.target in (update.fused_update, tiers.host_update):
+        return update.written(node)
+    return node.all_input_nodes[:1] if node.target is tiers.write_back else ()
 
 
 class Executor:
@@ -276,7 +294,10 @@ class Executor:
 
     program: what to run. groups: this rank's place and its process groups (made here where missing, on all ranks alike).
     device: where its tensors are. optimizer: whose `param_groups` give the hyper-parameters, read at every step; needed where the
-    program updates something. state: the stored tensors; may also be set later. limit_bytes: most bytes on the device at once.
+    program updates something. state: the stored tensors; may also be set later. limit_bytes: most bytes at once, on the device or by pool.
+    tiers: the memory behind the device, or options to make it.
+
+    After a run `memory` says what the first one needed, `traffic` what was copied between the device and the tiers.
     """
 
     def __init__(
@@ -287,8 +308,10 @@ class Executor:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         state: ProgramState | None = None,
-        limit_bytes: int | None = None,
+        limit_bytes: Limits = None,
+        tiers: TierStore | TierOptions | None = None,
     ) -> None:
+        pool_limits(limit_bytes)
         if groups.mesh != program.mesh:
             raise ValueError(f"the program is for the mesh {program.mesh}, the process groups are for {groups.mesh}")
         check_updates_last(program.graph)
@@ -297,7 +320,9 @@ class Executor:
         self.device = torch.device(device)
         self.optimizer = optimizer
         self.limit_bytes = limit_bytes
+        self.store = tiers if isinstance(tiers, TierStore) else TierStore(tiers)
         self.memory: MemoryReport | None = None
+        self.traffic = Traffic()
         self._state: ProgramState | None = None
         self._step: Callable[..., Any] | None = None
         groups.prepare(program_axes(program.graph))
@@ -322,7 +347,7 @@ class Executor:
 
     def _bindings(self) -> dict[Any, Any]:
         updater = update.Updater(self.state.steps, self.optimizer, self.program.optimizer)
-        return self._communicator.bindings() | updater.bindings()
+        return self._communicator.bindings() | updater.bindings() | self.store.bindings(updater)
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any]) -> list[Any]:
@@ -332,12 +357,18 @@ class Executor:
         ValueError for a missing or wrong input, MemoryLimitError where the first step exceeds the limit.
         """
         values = [self.groups.coords, *gather_inputs(self.program, self.state, inputs, self.device)]
+        before = self.store.copied
         try:
             results = self._run_tracked(values) if self.memory is None else self._step(values)  # type: ignore[misc]
         except Exception as error:
             self._text.explain(error)
             raise
+        self.traffic = self.traffic.then(before, self.store.copied)
         return store_outputs(self.program, self.state, results)
+
+    def close(self) -> None:
+        """End the threads and free the files of the tiers; what is stored there is lost."""
+        self.store.close()
 
     def _run_tracked(self, values: list[Any]) -> Sequence[Any]:
         text = write(self.program.graph, tracked=True, into=self._into)
@@ -400,6 +431,7 @@ def store_outputs(program: LocalProgram, state: ProgramState, results: Sequence[
     out = []
     for port, value in zip(program.outputs, results, strict=True):
         if port.kind in STORED_KINDS:
+            assert (port.tier != "device") == isinstance(value, Parked), f"{port.name} is stored on the tier {port.tier}, it yields {value}"
             state.put(port.key, value)
         else:
             out.append(value)

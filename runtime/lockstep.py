@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .memory import MemoryAccount, MemoryReport
 from .program import LocalProgram, shard_inputs
 from .sharding import unravel
 from .state import ProgramState
+from .tiers import TierOptions, TierStore
 
 Tensors = list[torch.Tensor]
 
@@ -42,8 +43,9 @@ class CollectiveCounts:
 class LockstepExecutor:
     """Runs all ranks of `program` on the CPU.
 
-    optimizer: whose `param_groups` give the hyper-parameters. states: one per rank, rank-major; may be set later. After a run,
-    `collectives` has the counts of that run, and with `account=True` `memory` what rank 0 needed.
+    optimizer: whose `param_groups` give the hyper-parameters. states: one per rank, rank-major; may be set later. tiers: where the tiers
+    behind the device are; every rank has a store of its own, and its copies are complete when they have started. After a run, `collectives`
+    has the counts of that run, and with `account=True` `memory` what rank 0 needed.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LockstepExecutor:
         *,
         states: Sequence[ProgramState] | None = None,
         account: bool = False,
+        tiers: TierOptions | None = None,
     ) -> None:
         check_updates_last(program.graph)
         self.program = program
@@ -63,6 +66,8 @@ class LockstepExecutor:
         self.coords = [unravel(rank, program.mesh) for rank in range(self.size)]
         self.collectives = CollectiveCounts()
         self.memory: MemoryReport | None = None
+        at_once = replace(tiers or TierOptions(), num_io_threads=0)
+        self.stores = [TierStore(at_once) for _ in range(self.size)]
         self._text = write(program.graph, lockstep=True)
         self._tracked_text = write(program.graph, lockstep=True, tracked=True) if account else None
         self._states: list[ProgramState] = []
@@ -104,7 +109,8 @@ class LockstepExecutor:
     def _start(self, rank: int, inputs: Mapping[str, Any]) -> Generator[Any, Any, Any]:
         state = self.states[rank]
         values = [self.coords[rank], *gather_inputs(self.program, state, inputs, torch.device("cpu"))]
-        bindings = update.Updater(state.steps, self.optimizer, self.program.optimizer).bindings()
+        updater = update.Updater(state.steps, self.optimizer, self.program.optimizer)
+        bindings = updater.bindings() | self.stores[rank].bindings(updater)
         if self._tracked_text is None or rank != 0:
             return self._text.bind(bindings)(values)
         self._account = MemoryAccount(slot_names(self.program), stored_slots(self.program))

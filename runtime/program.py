@@ -2,9 +2,10 @@
 
 The graph is the same on all ranks (SPMD). What differs between ranks enters through one placeholder named `coords`: the tuple
 of this rank's mesh coordinates, used by the functions of `runtime.collectives` that need it. Targets of `call_function` nodes are
-ATen/opweave ops, Python functions of `runtime.collectives` and `runtime.update`, or `operator.getitem`.
+ATen/opweave ops, Python functions of `runtime.collectives`, `runtime.tiers` and `runtime.update`, or `operator.getitem`.
 
-A collective starts where its node stands and yields a pending value; `collectives.wait` yields the tensor.
+A collective starts where its node stands and yields a pending value; `collectives.wait` yields the tensor. Copies to and from other tiers
+of memory are pairs like that too (see `tiers`).
 
 The optimizer is not in the graph: `update.fused_update` is a name that the executor binds to the step counts of its `ProgramState` and the
 `param_groups` of the user's optimizer, as it binds the collectives to its process groups.
@@ -28,7 +29,10 @@ Key = tuple[str, str, str]  # (kind, fqn, slot)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Port:
-    """An input or output of the program: what it is (kind, fqn, slot as in the plan) and how it is cut."""
+    """An input or output of the program: what it is (kind, fqn, slot as in the plan) and how it is cut.
+
+    tier: where a parameter or state is stored. Beside the device it is passed to the program, and given back by it, as a `tiers.Parked`.
+    """
 
     name: str
     kind: str
@@ -37,6 +41,7 @@ class Port:
     group: int = -1
     dtype: torch.dtype = torch.float32
     spec: ShardSpec | None = None  # None: a value without layout (a Python number)
+    tier: str = "device"
 
     @property
     def key(self) -> Key:
@@ -58,6 +63,8 @@ class LocalProgram:
     outputs: tuple[Port, ...]
     # The optimizer's class name ("AdamW") for the update; "" where nothing is updated.
     optimizer: str = ""
+    # Ops that run a second time in every step, to have their results again without keeping them.
+    num_recomputed: int = 0
 
     @property
     def stored(self) -> dict[Key, Port]:

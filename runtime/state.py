@@ -23,6 +23,7 @@ from .collectives import Communicator
 from .exposure import exposure_of, full_tensor
 from .groups import AxisGroups
 from .program import Key, LocalProgram, Port
+from .tiers import Parked, TierStore
 
 __all__ = ["CheckpointError", "ProgramState"]
 
@@ -31,17 +32,19 @@ __all__ = ["CheckpointError", "ProgramState"]
 class ProgramState:
     """This rank's stored tensors.
 
-    tensors: by (kind, fqn, slot). steps: fqn of a parameter → updates done (float32 scalar). names: entry of the plain model's
-    state dict → its key; several for tied weights. others: entries of the state dict the program has no part in.
+    tensors: by (kind, fqn, slot); parked where the program keeps them in another tier of memory. steps: fqn of a parameter → updates
+    done (float32 scalar). names: entry of the plain model's state dict → its key; several for tied weights. others: entries of the
+    state dict the program has no part in. store: where parked tensors are.
     """
 
     program: LocalProgram
     coords: tuple[int, ...]
-    tensors: dict[Key, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[Key, torch.Tensor | Parked] = field(default_factory=dict)
     steps: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, Key] = field(default_factory=dict)
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: set[Key] = field(default_factory=set)  # tensors that are the model's own
+    store: TierStore = field(default_factory=TierStore)
 
     # -- making -------------------------------------------------------------------------------------------------------
 
@@ -55,18 +58,20 @@ class ProgramState:
         device: torch.device | str = "cpu",
         optimizer: torch.optim.Optimizer | None = None,
         share: bool = False,
+        store: TierStore | None = None,
     ) -> ProgramState:
         """Cut a model's parameters and buffers.
 
         optimizer: where it has state (it has already trained), that is cut too; otherwise state starts at zero. share: pieces that
         are the whole tensor on the same device are the model's own, so that training changes the model and takes no second copy.
+        store: for what the program keeps in another tier. One tensor is cut, copied and parked at a time.
         Raises ValueError where the model does not fit the program.
         """
         named = _named(model)
         full = {key: tensor.detach() for key, tensor in named.items()}
         if optimizer is not None:
             full |= _optimizer_state(named, optimizer)
-        state = cls.from_tensors(program, full, coords, device=device, share=share)
+        state = cls.from_tensors(program, full, coords, device=device, share=share, store=store)
         if optimizer is not None:
             state.steps = _step_counts(program, named, optimizer)
         state.names, state.others = _plain_names(model, program, named)
@@ -81,25 +86,45 @@ class ProgramState:
         *,
         device: torch.device | str = "cpu",
         share: bool = False,
+        store: TierStore | None = None,
     ) -> ProgramState:
         """Cut full tensors; optimizer state that is not given starts at zero. Raises ValueError for missing or misshapen ones."""
         names = {port.fqn: key for key, port in program.stored.items() if port.kind != "state"}
-        state = cls(program, coords, names=names)
+        state = cls(program, coords, names=names, store=store or TierStore())
+        target = torch.device(device)
         for key, port in program.stored.items():
-            piece = state.tensors[key] = _piece(port, full, coords, torch.device(device), share)
+            if port.tier != "device":
+                # Straight from where the model is: the device need not hold it.
+                state.tensors[key] = state.store.park(_piece(port, full, coords, None, share=True), port.tier, target)
+                continue
+            piece = state.tensors[key] = _piece(port, full, coords, target, share)
             if key in full and piece.data_ptr() == full[key].data_ptr():
                 state.shared.add(key)
         return state
 
-    def put(self, key: Key, value: torch.Tensor) -> None:
+    def put(self, key: Key, value: torch.Tensor | Parked) -> None:
         """Store the new value of a tensor. The model's own memory is kept; other memory is given up for the new."""
         held = self.tensors[key]
         if value is held:
             return
         if key in self.shared:
+            assert isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor), f"{key} is shared with the model"
             held.copy_(value)
         else:
             self.tensors[key] = value
+
+    def value(self, key: Key) -> torch.Tensor:
+        """A stored tensor: itself on the device, a copy of it from another tier."""
+        held = self.tensors[key]
+        return held if isinstance(held, torch.Tensor) else self.store.load(held)
+
+    def write(self, key: Key, value: torch.Tensor) -> None:
+        """Replace the content of a stored tensor."""
+        held = self.tensors[key]
+        if isinstance(held, Parked):
+            self.store.overwrite(held, value)
+        else:
+            held.copy_(value)
 
     def check(self, program: LocalProgram) -> None:
         """Raise ValueError where this state does not hold what a program stores."""
@@ -113,12 +138,15 @@ class ProgramState:
                     f"{_words(key)} is {held.dtype} of shape {tuple(held.shape)} in the state; the program stores "
                     f"{port.dtype} of shape {spec.local_shape()}"
                 )
+            tier = held.tier if isinstance(held, Parked) else "device"
+            if tier != port.tier:
+                raise ValueError(f"{_words(key)} is on the tier {tier!r} in the state; the program keeps it on {port.tier!r}")
 
     # -- plain tensors ------------------------------------------------------------------------------------------------
 
     def full(self, key: Key, groups: AxisGroups) -> torch.Tensor:
         """The whole of one stored tensor, on every rank. All ranks call it, for the same keys in the same order."""
-        return full_tensor(self.tensors[key], self._spec(key), self._communicator(groups))
+        return full_tensor(self.value(key), self._spec(key), self._communicator(groups))
 
     def to_model(self, model: nn.Module, groups: AxisGroups) -> None:
         """Copy parameters and buffers into a model, whole, on every rank. All ranks call it."""
@@ -134,7 +162,8 @@ class ProgramState:
     def release_model(self, model: nn.Module) -> None:
         """Free the model's own copies of what this state holds pieces of; `to_model` gives them back. Until then they are empty."""
         for key, tensor in _named(model).items():
-            if key in self.tensors and tensor.data_ptr() != self.tensors[key].data_ptr():
+            held = self.tensors.get(key)
+            if isinstance(held, Parked) or (held is not None and tensor.data_ptr() != held.data_ptr()):
                 tensor.data = tensor.data.new_empty(0)
 
     def load_model(self, source: Mapping[str, torch.Tensor] | str | os.PathLike[str]) -> None:
@@ -169,7 +198,10 @@ class ProgramState:
                 )
             cut[name] = tensor if name in self.others else self._spec(self.names[name]).shard(tensor, self.coords)
         for name, piece in cut.items():
-            (self.others[name] if name in self.others else self.tensors[self.names[name]]).copy_(piece)
+            if name in self.others:
+                self.others[name].copy_(piece)
+            else:
+                self.write(self.names[name], piece)
 
     def _tied(self, name: str, other: str) -> bool:
         return name in self.names and self.names.get(other) == self.names[name]
@@ -245,12 +277,12 @@ class ProgramState:
         return out
 
     def _put_back(self, entries: Mapping[str, Any], groups: AxisGroups) -> None:
-        """Copy what was read for moved layouts into the tensors; the others share memory and are there already."""
+        """Copy what was read for parked tensors and moved layouts; the others share memory and are there already."""
         communicator = self._communicator(groups)
         for key, name in self._entry_names().items():
             exposure = exposure_of(self._spec(key))
-            if name in entries and exposure.moves:
-                self.tensors[key].copy_(exposure.back(_local(entries[name]), communicator, groups.mesh))
+            if name in entries and (exposure.moves or isinstance(self.tensors[key], Parked)):
+                self.write(key, exposure.back(_local(entries[name]), communicator, groups.mesh))
 
     def _entry_names(self) -> dict[Key, str]:
         out = {key: f"model/{name}" for name, key in reversed(list(self.names.items()))}
@@ -259,7 +291,7 @@ class ProgramState:
     def _exposed(self, groups: AxisGroups) -> Iterator[tuple[Key, torch.Tensor]]:
         communicator = self._communicator(groups)
         for key in self.program.stored:
-            yield key, exposure_of(self._spec(key)).out(self.tensors[key], communicator)
+            yield key, exposure_of(self._spec(key)).out(self.value(key), communicator)
 
     def _dtensor(self, key: Key, piece: torch.Tensor, groups: AxisGroups) -> torch.Tensor:
         if groups.size == 1:
@@ -319,7 +351,10 @@ def _step_counts(
     return out
 
 
-def _piece(port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], device: torch.device, share: bool) -> torch.Tensor:
+def _piece(
+    port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], device: torch.device | None, share: bool
+) -> torch.Tensor:
+    """device: None: where the full tensor is. share: the piece may be (a view of) the full tensor where it is there already."""
     assert port.spec is not None, f"{port.name} is stored without a layout"
     tensor = full.get(port.key)
     if tensor is None and port.kind == "state":
@@ -332,6 +367,8 @@ def _piece(port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...]
             f"{port.dtype} of shape {port.spec.shape}"
         )
     piece = port.spec.shard(tensor, coords)
+    if device is None:
+        return piece
     # A copy, since updates work in place, unless the model may change with us.
     return piece.to(device, copy=not (share and piece.numel() == tensor.numel()))
 
