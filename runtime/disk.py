@@ -108,12 +108,12 @@ class DiskFile:
             offset, size = self.given_back.popleft()
             self.extents.give(offset, _aligned(size))
         wanted = _aligned(num_bytes)
-        offset = self.extents.take(wanted)
-        if offset is None:
+        start = self.extents.take(wanted)
+        if start is None:
             self._grow(wanted)
-            offset = self.extents.take(wanted)
-        assert offset is not None, "the file has just grown by this much"
-        return DiskPlace(self, offset, num_bytes)
+            start = self.extents.take(wanted)
+        assert start is not None, "the file has just grown by this much"
+        return DiskPlace(self, start, num_bytes)
 
     def _grow(self, wanted: int) -> None:
         start, free = self.extents.tail()

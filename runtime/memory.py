@@ -89,11 +89,11 @@ class MemoryAccount:
                 block = self.live[key] = self._born(pool, num_bytes, slot)
             block.num_slots += 1
         self._release(before)
-        for name, pool in self.pools.items():
-            if pool.current_bytes > pool.peak_bytes:
-                pool.peak_bytes = pool.current_bytes
-                pool.peak_at = (self.now, slot)
-                if pool.limit_bytes is not None and pool.peak_bytes > pool.limit_bytes:
+        for name, count in self.pools.items():
+            if count.current_bytes > count.peak_bytes:
+                count.peak_bytes = count.current_bytes
+                count.peak_at = (self.now, slot)
+                if count.limit_bytes is not None and count.peak_bytes > count.limit_bytes:
                     raise MemoryLimitError(self._over(name))
 
     def drop(self, slots: Iterable[int]) -> None:

@@ -324,7 +324,7 @@ class TierStore:
         return Fetching(into, work)
 
     def reserve(self, like: torch.Tensor, tier: str, device: torch.device) -> Parked:
-        """A place for a tensor like this one; its content comes later. Raises TierError where there is no room, ValueError on another tier."""
+        """A place for a tensor like this one; its content comes later. Raises TierError without room, ValueError on another tier."""
         if tier not in TIERS:
             raise ValueError(f"there is no tier {tier!r} beside the device; there are {TIERS}")
         num_bytes = like.numel() * like.element_size()
