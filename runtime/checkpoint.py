@@ -5,6 +5,9 @@
 
 Saving writes a new data folder, brings it to the disk and then replaces the manifest, which is one atomic rename. Whatever
 interrupts it, the manifest names whole data: the old or the new. Left-over data folders are removed by the next save.
+
+Tensors that are not in memory (`Elsewhere`) are read when they are written to the checkpoint, and written back as they are loaded: one is
+in memory, and the one before it (torch's loops still hold it).
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +37,72 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, read, or does not belong to this model."""
 
 
-def save(path: Path, entries: Mapping[str, Any], groups: AxisGroups, extra: dict[str, Any]) -> None:
-    """Write entries (name → tensor or DTensor) as the new content of a checkpoint folder. All ranks call it."""
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The local tensor of an entry that is not in memory; the entry itself only has its shape. read() gives a copy, write(x) replaces it,
+    empty() is new memory for it."""
+
+    read: Callable[[], torch.Tensor]
+    write: Callable[[torch.Tensor], None]
+    empty: Callable[[], torch.Tensor]
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Reads entries that are elsewhere when their turn comes."""
+
+    def __init__(self, elsewhere: Mapping[str, Elsewhere]) -> None:
+        super().__init__()
+        self.elsewhere = elsewhere
+
+    def lookup_object(self, index: Any) -> Any:
+        found = self.elsewhere.get(index.fqn)
+        return super().lookup_object(index) if found is None else found.read()
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Writes entries that are elsewhere as soon as they are read. One that was saved in several pieces is written once for each."""
+
+    def __init__(self, elsewhere: Mapping[str, Elsewhere]) -> None:
+        super().__init__()
+        self.elsewhere = elsewhere
+        self._begun: set[str] = set()
+        self._whole: torch.Tensor | None = None
+
+    def lookup_tensor(self, index: Any) -> torch.Tensor:
+        found = self.elsewhere.get(index.fqn)
+        if found is None:
+            return super().lookup_tensor(index)
+        self._whole = found.read() if index.fqn in self._begun else found.empty()
+        return self._whole
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        fqn = read_item.dest_index.fqn
+        if fqn in self.elsewhere:
+            assert self._whole is not None, "a tensor is committed right after it was looked up"
+            self.elsewhere[fqn].write(self._whole)
+            self._begun.add(fqn)
+            self._whole = None
+
+
+def save(
+    path: Path,
+    entries: Mapping[str, Any],
+    groups: AxisGroups,
+    extra: dict[str, Any],
+    elsewhere: Mapping[str, Elsewhere] | None = None,
+) -> None:
+    """Write entries (name → tensor or DTensor) as the new content of a checkpoint folder. All ranks call it.
+
+    elsewhere: for some names what stands in for the entry's local tensor.
+    """
+    elsewhere = elsewhere or {}
     name = groups.together(lambda: _make_data_folder(path, extra) if groups.rank == 0 else "")[0]
     folder = path / name
     try:
         with _alone_is_fine():
-            dcp.save(dict(entries), storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=groups.size == 1)
+            # Of one file torch's writer keeps all tensors until it is complete: then each gets its own.
+            writer = dcp.FileSystemWriter(folder, sync_files=True, single_file_per_rank=not elsewhere)
+            dcp.save(dict(entries), storage_writer=writer, planner=_SavePlanner(elsewhere), no_dist=groups.size == 1)
     except (OSError, dcp.CheckpointException) as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}. {_old(path)}") from error
     sums: dict[str, list[int]] = {}
@@ -48,12 +111,18 @@ def save(path: Path, entries: Mapping[str, Any], groups: AxisGroups, extra: dict
     groups.together(lambda: _commit(path, name, entries, sums, extra) if groups.rank == 0 else None)
 
 
-def load(path: Path, entries: dict[str, Any], groups: AxisGroups, *, ignore_prefix: str | None = None) -> dict[str, Any]:
+def load(
+    path: Path,
+    entries: dict[str, Any],
+    groups: AxisGroups,
+    *,
+    ignore_prefix: str | None = None,
+    elsewhere: Mapping[str, Elsewhere] | None = None,
+) -> dict[str, Any]:
     """Read a checkpoint into the tensors of `entries`; returns its extras. All ranks call it, and all raise where one does.
 
-    ignore_prefix: entries of the checkpoint that need not be asked for.
+    ignore_prefix: entries of the checkpoint that need not be asked for. elsewhere: as in `save`.
     """
-
     manifest: dict[str, Any] = {}
 
     def check() -> None:
@@ -64,7 +133,8 @@ def load(path: Path, entries: dict[str, Any], groups: AxisGroups, *, ignore_pref
     groups.together(check)
     wanted = {name: value for name, value in entries.items() if name in manifest["entries"]}
     with _alone_is_fine():
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path / manifest["data"]), no_dist=groups.size == 1)
+        reader = dcp.FileSystemReader(path / manifest["data"])
+        dcp.load(wanted, storage_reader=reader, planner=_LoadPlanner(elsewhere or {}), no_dist=groups.size == 1)
     for name, value in entries.items():
         if name not in wanted:
             value.zero_()  # step counts of a checkpoint from before the first update

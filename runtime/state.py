@@ -6,6 +6,7 @@ loads (`save`, `load`), as a safetensors file of the plain model (`export_safete
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from . import checkpoint
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, Elsewhere
 from .collectives import Communicator
 from .exposure import exposure_of, full_tensor
 from .groups import AxisGroups
 from .program import Key, LocalProgram, Port
+from .safetensors_file import DTYPES, Described, SafetensorsWriter, write_order
 from .tiers import Parked, TierStore
 
 __all__ = ["CheckpointError", "ProgramState"]
@@ -173,67 +174,77 @@ class ProgramState:
         misshapen entries; nothing is changed then.
         """
         if isinstance(source, Mapping):
-            self._take(set(source), source.__getitem__, "the state dict")
+            described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in source.items()}
+            self._take(described, source.__getitem__, "the state dict")
             return
         try:
             with safe_open(os.fspath(source), framework="pt") as file:
-                self._take(set(file.keys()), file.get_tensor, str(source))
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                described = {name: (DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
+                self._take(described, file.get_tensor, str(source))
         except FileNotFoundError:
             raise CheckpointError(f"there is no file {source}") from None
         except SafetensorError as error:
             raise CheckpointError(f"{source} is no readable safetensors file ({error}); it may be cut off or damaged") from error
 
-    def _take(self, given: set[str], get: Callable[[str], torch.Tensor], where: str) -> None:
-        plain = self.names.keys() | self.others.keys()
+    def _take(self, described: Mapping[str, tuple[Any, tuple[int, ...]]], get: Callable[[str], torch.Tensor], where: str) -> None:
+        """Check everything (name → dtype, shape), then take one tensor at a time."""
+        given, plain = set(described), self.names.keys() | self.others.keys()
         # Of tied names one is enough.
         missing = {name for name in plain - given if not any(self._tied(name, other) for other in given)}
         checkpoint.check_names(missing, given - plain, where)
-        cut: dict[str, torch.Tensor] = {}
+        for name, found in sorted(described.items()):
+            dtype, shape = self._described(name)
+            if found != (dtype, shape):
+                raise CheckpointError(f"{name!r} is {found[0]} of shape {found[1]} in {where}, {dtype} of shape {shape} in the model")
         for name in sorted(given):
-            tensor = get(name)
-            shape, dtype = self._plain_shape(name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise CheckpointError(
-                    f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)} in {where}, {dtype} of shape {shape} in the model"
-                )
-            cut[name] = tensor if name in self.others else self._spec(self.names[name]).shard(tensor, self.coords)
-        for name, piece in cut.items():
             if name in self.others:
-                self.others[name].copy_(piece)
+                self.others[name].copy_(get(name))
             else:
-                self.write(self.names[name], piece)
+                key = self.names[name]
+                self.write(key, self._spec(key).shard(get(name), self.coords))
 
     def _tied(self, name: str, other: str) -> bool:
         return name in self.names and self.names.get(other) == self.names[name]
 
-    def _plain_shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def _described(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of an entry of the plain model's state dict."""
         if name in self.others:
-            return tuple(self.others[name].shape), self.others[name].dtype
+            return self.others[name].dtype, tuple(self.others[name].shape)
         port = self.program.stored[self.names[name]]
-        return self._spec(port.key).shape, port.dtype
+        return port.dtype, self._spec(port.key).shape
 
     def export_safetensors(self, path: str | os.PathLike[str], groups: AxisGroups, model: nn.Module | None = None) -> None:
         """Write the plain model's state dict as one safetensors file: same names (tied ones too), shapes and dtypes.
 
-        Rank 0 writes, through a temporary file; all ranks call it. model: unused, names are those of the model the state came from.
+        Rank 0 writes, tensor by tensor, through a temporary file; all ranks call it. model: unused, names are those of the model the
+        state came from.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        for name in sorted({*self.names, *self.others}):
-            full = self.others[name] if name in self.others else self.full(self.names[name], groups)
-            if groups.rank == 0:
-                # Own memory for each: the format has no shared tensors.
-                tensors[name] = full.detach().to("cpu", copy=True).contiguous()
-        groups.together(lambda: _write_safetensors(Path(path), tensors) if groups.rank == 0 else None)
+        described = {name: self._described(name) for name in (*self.names, *self.others)}
+        tensors = (self.others[n] if n in self.others else self.full(self.names[n], groups) for n in write_order(described))
+        problem: CheckpointError | None = None
+        if groups.rank == 0:
+            problem = _write_safetensors(Path(path), described, tensors)
+        for _ in tensors:  # what rank 0 gathers needs all ranks, also where it could not write
+            pass
+
+        def report() -> None:
+            if problem is not None:
+                raise problem
+
+        groups.together(report)
 
     # -- DTensors and checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self, groups: AxisGroups) -> dict[str, Any]:
         """{"model": {name: DTensor}, "optimizer": {fqn: {slot: DTensor, "step": scalar}}}. All ranks call it.
 
-        Where a layout is a slice of a dim the DTensor shares this state's memory; others are copies. On one device there is no
-        process group and so no DTensor: plain tensors then.
+        Where a layout is a slice of a dim the DTensor shares this state's memory; others are copies, and so is what is parked: all of it
+        comes to the device (`save` does not do that). On one device there is no process group and so no DTensor: plain tensors then.
         """
-        exposed = {key: self._dtensor(key, piece, groups) for key, piece in self._exposed(groups)}
+        return self._by_name({key: self._dtensor(key, self._out(key, self.value(key), groups), groups) for key in self.program.stored})
+
+    def _by_name(self, exposed: Mapping[Key, Any]) -> dict[str, Any]:
         model = {name: exposed[key] for name, key in self.names.items()} | self.others
         optimizer: dict[str, dict[str, Any]] = {}
         for kind, fqn, slot in exposed:
@@ -248,7 +259,8 @@ class ProgramState:
 
         A save that is interrupted leaves the checkpoint that was there before. Raises CheckpointError.
         """
-        checkpoint.save(Path(path), self._entries(groups), groups, dict(extra or {}))
+        entries = self._entries(groups, self.value)
+        checkpoint.save(Path(path), entries, groups, dict(extra or {}), self._elsewhere())
 
     def load(self, path: str | os.PathLike[str], groups: AxisGroups, *, model_only: bool = False) -> dict[str, Any]:
         """Read a checkpoint, whatever plan and number of ranks wrote it; returns its `extra`. All ranks call it.
@@ -260,15 +272,23 @@ class ProgramState:
             if port.kind == "param" and port.group >= 0:
                 # Counts are part of a checkpoint from the first update on; they are read into places that exist.
                 self.steps.setdefault(port.fqn, torch.zeros(()))
-        entries = self._entries(groups)
+        entries = self._entries(groups, self._memory)
         chosen = {name: tensor for name, tensor in entries.items() if name.startswith("model/") or not model_only}
-        extra = checkpoint.load(Path(path), chosen, groups, ignore_prefix="optimizer/" if model_only else None)
+        prefix = "optimizer/" if model_only else None
+        extra = checkpoint.load(Path(path), chosen, groups, ignore_prefix=prefix, elsewhere=self._elsewhere())
         self._put_back(chosen, groups)
         return extra
 
-    def _entries(self, groups: AxisGroups) -> dict[str, Any]:
-        """Everything to save, by its name in a checkpoint. A tied weight is there once, under its first name."""
-        state = self.state_dict(groups)
+    def _entries(self, groups: AxisGroups, value: Callable[[Key], torch.Tensor]) -> dict[str, Any]:
+        """Everything to save, by its name in a checkpoint. A tied weight is there once, under its first name.
+
+        value: the local tensor of a key. What can be written tensor by tensor only has its shape here (see `_elsewhere`).
+        """
+        apart = self._apart()
+        exposed = {
+            key: _shape_of(self.tensors[key]) if key in apart else self._out(key, value(key), groups) for key in self.program.stored
+        }
+        state = self._by_name({key: self._dtensor(key, piece, groups) for key, piece in exposed.items()})
         first = {key: name for name, key in reversed(list(self.names.items()))}
         once = [name for name in state["model"] if name in self.others or first[self.names[name]] == name]
         out = {f"model/{name}": state["model"][name] for name in once}
@@ -276,22 +296,45 @@ class ProgramState:
             out |= {f"optimizer/{fqn}/{slot}": value for slot, value in slots.items()}
         return out
 
+    def _apart(self) -> set[Key]:
+        """Parked tensors whose exposure is the piece itself. Where it moves between ranks, all of them have to do that together."""
+        parked = {key for key, held in self.tensors.items() if isinstance(held, Parked)}
+        return {key for key in parked if not exposure_of(self._spec(key)).moves}
+
+    def _elsewhere(self) -> dict[str, Elsewhere]:
+        """Access to what is apart, by its name in a checkpoint."""
+        names = self._entry_names()
+        cpu = torch.device("cpu")
+
+        def access(key: Key) -> Elsewhere:
+            held = self.tensors[key]
+            assert isinstance(held, Parked), f"{key} is not parked"
+            return Elsewhere(
+                lambda: self.store.load(held, cpu), functools.partial(self.store.overwrite, held), functools.partial(held.empty, cpu)
+            )
+
+        return {names[key]: access(key) for key in self._apart()}
+
+    def _memory(self, key: Key) -> torch.Tensor:
+        """Where a stored tensor can be read into: itself, or new memory of its shape."""
+        held = self.tensors[key]
+        return held if isinstance(held, torch.Tensor) else held.empty().zero_()
+
     def _put_back(self, entries: Mapping[str, Any], groups: AxisGroups) -> None:
-        """Copy what was read for parked tensors and moved layouts; the others share memory and are there already."""
+        """Copy what was read for moved layouts; the others are where they belong already."""
         communicator = self._communicator(groups)
         for key, name in self._entry_names().items():
             exposure = exposure_of(self._spec(key))
-            if name in entries and (exposure.moves or isinstance(self.tensors[key], Parked)):
+            if name in entries and exposure.moves:
                 self.write(key, exposure.back(_local(entries[name]), communicator, groups.mesh))
 
     def _entry_names(self) -> dict[Key, str]:
         out = {key: f"model/{name}" for name, key in reversed(list(self.names.items()))}
         return out | {key: f"optimizer/{key[1]}/{key[2]}" for key in self.tensors if key[0] == "state"}
 
-    def _exposed(self, groups: AxisGroups) -> Iterator[tuple[Key, torch.Tensor]]:
-        communicator = self._communicator(groups)
-        for key in self.program.stored:
-            yield key, exposure_of(self._spec(key)).out(self.value(key), communicator)
+    def _out(self, key: Key, piece: torch.Tensor, groups: AxisGroups) -> torch.Tensor:
+        """A piece as it is shown to the outside. All ranks call it."""
+        return exposure_of(self._spec(key)).out(piece, self._communicator(groups))
 
     def _dtensor(self, key: Key, piece: torch.Tensor, groups: AxisGroups) -> torch.Tensor:
         if groups.size == 1:
@@ -378,17 +421,30 @@ def _words(key: Key) -> str:
     return f"{slot} of {fqn!r}" if kind == "state" else f"{kind} {fqn!r}"
 
 
+def _shape_of(held: torch.Tensor | Parked) -> torch.Tensor:
+    """A tensor of a shape that takes no memory."""
+    return torch.zeros((), dtype=held.dtype, device=held.device).expand(held.shape)
+
+
 def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _write_safetensors(path: Path, described: Mapping[str, Described], tensors: Iterator[torch.Tensor]) -> CheckpointError | None:
+    """Write a file of `tensors`, in its order; what went wrong with the file. Errors of the tensors themselves are raised."""
+    writer: SafetensorsWriter | None = None
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        checkpoint.sync(partial)
-        partial.replace(path)
+        try:
+            writer = SafetensorsWriter(path, described)
+            for tensor in tensors:
+                writer.add(tensor)
+                del tensor  # before the next one is made
+            writer.close()
+        finally:
+            if writer is not None:
+                writer.give_up()
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        problem = CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged")
+        problem.__cause__ = error
+        return problem
+    return None

@@ -1,6 +1,7 @@
 """Small hand-written local programs for the runtime's tests."""
 
 import operator
+from dataclasses import replace
 
 import torch
 from opweave.runtime import collectives as co
@@ -58,6 +59,15 @@ def linear_program(mesh=(2,), kind="AdamW", batch=8, width=4, dtype=torch.float3
     data = Port(name="x", kind="batch", fqn="x", dtype=dtype, spec=sharded((batch, width), mesh, [(0, 0)]))
     loss_port = Port(name="loss", kind="loss", fqn="", dtype=dtype, spec=replicated((), mesh))
     return LocalProgram(mesh=mesh, graph=graph, inputs=(data, *ports), outputs=(loss_port, *ports), optimizer=kind)
+
+
+def stored_on(program: LocalProgram, *tiers: str) -> LocalProgram:
+    """A program whose parameters and state are stored on these tiers in turn; to hold state, not to run."""
+    kinds = ("param", "state")
+    stored = [port.name for port in program.inputs if port.kind in kinds]
+    tier_of = {name: tiers[i % len(tiers)] for i, name in enumerate(stored)}
+    ports = tuple(replace(port, tier=tier_of.get(port.name, "device")) for port in program.inputs)
+    return replace(program, inputs=ports)
 
 
 class Linear(torch.nn.Module):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from .launch import launch
-from .programs import Linear, batches, linear_program, optimizer_of, trained
+from .programs import Linear, batches, linear_program, optimizer_of, stored_on, trained
 
 
 class Tied(nn.Module):
@@ -352,6 +352,10 @@ def test_checkpoints_move_between_plans_and_world_sizes(tmp_path):
     for key, value in executor.state.tensors.items():
         assert torch.allclose(again.state.tensors[key], value, rtol=1e-5, atol=1e-7), key
     assert torch.allclose(load_file(tmp_path / "two.safetensors")["w"], again.state.tensors["param", "w", ""])
+    assert (tmp_path / "tiers.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    parked = ProgramState.from_model(stored_on(linear_program(mesh=(1,)), "disk"), Linear(), (0,))
+    assert parked.load(tmp_path / "two", alone()) == {"num_steps": 2}  # each tensor comes in two pieces
+    assert torch.equal(parked.value(("param", "w", "")), again.state.tensors["param", "w", ""])
 
 
 @pytest.mark.slow

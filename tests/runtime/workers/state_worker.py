@@ -14,7 +14,7 @@ from opweave.runtime.state import CheckpointError, ProgramState
 from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from programs import Linear, batches, linear_program, optimizer_of
+from programs import Linear, batches, linear_program, optimizer_of, stored_on
 
 
 def executor_of(groups: AxisGroups, zero: int) -> Executor:
@@ -41,7 +41,23 @@ def move(folder: Path) -> None:
     plain.state.load(folder / "two", groups)
     assert torch.equal(plain.state.tensors["param", "w", ""], split.state.full(("param", "w", ""), groups))
     damaged(folder, groups, plain)
+    in_tiers(folder, groups, plain)
     print("state ok", flush=True)
+
+
+def in_tiers(folder: Path, groups: AxisGroups, plain: Executor) -> None:
+    """State in other tiers, split and whole: loads what was saved without, in two pieces and in one, and is loaded without."""
+    weight = plain.state.tensors["param", "w", ""].clone()
+    for zero in (3, 2):
+        program = stored_on(linear_program(mesh=groups.mesh, zero=zero), "disk", "host")
+        state = ProgramState.from_model(program, Linear(), groups.coords)
+        state.load(folder / "two", groups)
+        assert torch.equal(state.full(("param", "w", ""), groups), weight)
+        state.save(folder / "tiers", groups, extra={"num_steps": 2})
+        plain.state.tensors["param", "w", ""].zero_()
+        plain.state.load(folder / "tiers", groups)
+        assert torch.equal(plain.state.tensors["param", "w", ""], weight)
+        state.export_safetensors(folder / "tiers.safetensors", groups)
 
 
 def damaged(folder: Path, groups: AxisGroups, executor: Executor) -> None:
@@ -91,9 +107,11 @@ def layouts(folder: Path) -> None:
             Port(name="exp_avg", kind="state", fqn="embed.weight", slot="exp_avg", group=0, spec=spec),
         )
         program = LocalProgram(mesh=(2, 2), graph=graph, inputs=ports, outputs=())
+        if axes[0] == inner:
+            program = stored_on(program, "disk")
         state = ProgramState.from_model(program, Fused(), groups.coords)
         state.load(folder / "one", groups)
-        assert torch.equal(state.tensors["param", "embed.weight", ""], spec.shard(full, groups.coords)), f"load into {axes}"
+        assert torch.equal(state.value(("param", "embed.weight", "")), spec.shard(full, groups.coords)), f"load into {axes}"
         shown = state.state_dict(groups)["model"]
         assert torch.equal(shown["head.weight"].full_tensor(), full), f"exposure of {axes}: {shown['head.weight'].placements}"
         assert torch.equal(state.full(("param", "embed.weight", ""), groups), full), f"whole of {axes}"
