@@ -6,7 +6,8 @@ Parameters, buffers and batch become fake CPU tensors (shapes only: nothing is m
 user's loss function and `torch.autograd.grad` run on them, and a `Recorder` writes down every ATen op. The optimizer's update is added
 last.
 
-The stages, in order: inputs -> forward -> backward -> update -> outputs, then dead code goes and every node learns its `OpInfo`.
+The stages, in order: inputs -> forward -> backward -> update -> outputs, then dead code goes, every node learns its `OpInfo`, and the
+backward pass gets views of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .capture_record import Origin, Recorder
 from .capture_tree import batch_constants, map_tensors, split_extras
 from .optimizer_ops import OptimizerSpec, add_update, read_optimizer
 from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
+from .views import redo_views
 
 LossFn = Callable[[nn.Module, Any], Any]
 
@@ -278,6 +280,7 @@ class _Trace:
             self._insert_seed()
         _drop_dead_code(graph)
         _describe(graph)
+        redo_views(graph)
         step_graph = StepGraph(
             graph=graph,
             inputs=tuple(self.inputs),

@@ -16,23 +16,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..runtime import collectives, update
+from ..runtime import collectives, tiers
 from ..runtime.program import LocalProgram, Port
 from ..runtime.sharding import ShardSpec
 from . import local_ops
 from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import PARTIAL_NAME, Layout, replicated, spec_of
+from .lower_updates import UPDATE, UpdateQueue
 from .reshard import Step, steps
+from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
 from .rule import tensor_args
-from .rule_table import argument, op_name, row_of
+from .rule_table import op_name, row_of
 from .step_graph import GraphInput, StepGraph
 from .strategies import OpStrategy
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent together up to this many bytes (the default of torch's DistributedDataParallel, bucket_cap_mb=25)."""
 
-_UPDATE = "opweave::update.default"
+# Where updates run as soon as they can, so that gradients may go: no more than this share of them waits for a bucket to fill.
+_NUM_EARLY_BUCKETS = 16
 
 
 @dataclass(slots=True)
@@ -44,6 +47,11 @@ class Assignment:
     inputs: dict[fx.Node, Layout] = field(default_factory=dict)
     kept: dict[fx.Node, Layout] = field(default_factory=dict)
     reads: dict[tuple[fx.Node, str], Layout] = field(default_factory=dict)
+    # Forward ops whose results the backward pass does not simply find (see `residency`), and parameters not wholly on the device.
+    residency: dict[fx.Node, str] = field(default_factory=dict)
+    state: dict[fx.Node, StatePlace] = field(default_factory=dict)
+    # Update each parameter as soon as its gradient is there, so that gradients need not wait for each other.
+    early_updates: bool = False
 
 
 @dataclass(slots=True)
@@ -83,14 +91,18 @@ class Lowering:
         self.mesh = assignment.mesh
         self.e = Emitter(self.mesh, device)
         self._optimizer = optimizer
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self._whole = replicated(len(self.mesh))
-        self._raw: dict[fx.Node, tuple[fx.Node, Layout]] = {}
-        self._kept: dict[fx.Node, _Later] = {}
+        self.uses = Uses(step)
+        # By phase of the readers: what the backward pass fetches or makes again, it does not find where the forward pass did.
+        self._raw: dict[tuple[fx.Node, str], tuple[fx.Node, Layout]] = {}
+        self._kept: dict[tuple[fx.Node, str], _Later] = {}
+        self._parked: dict[fx.Node, fx.Node] = {}
+        self._num_recomputed = 0
+        self._clipped = False
         self._copies: dict[tuple[fx.Node, str, Layout], _Later] = {}
         self._buckets: dict[tuple[Any, ...], _Bucket] = {}
         self._update_of: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        self._updates: list[fx.Node] = []
         self._gradients: set[fx.Node] = set()
         self._infos: dict[fx.Node, GraphInput] = {}
 
@@ -99,24 +111,37 @@ class Lowering:
         placeholders = [n for n in self.step.graph.nodes if n.op == "placeholder"]
         self._infos = dict(zip(placeholders, self.step.inputs, strict=True))
         for node in self.step.ops:
-            if op_name(node) == _UPDATE:
+            if op_name(node) == UPDATE:
                 param, grad, *state = tensor_args(node)
                 self._gradients.add(grad)
+                self._clipped |= grad.op == "call_function" and grad.meta["op"].phase == "update"
                 for s in (param, *state):
                     self._update_of[s] = (node, param)
+        if self.plan.early_updates:
+            self.bucket_bytes = min(self.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
         inputs = tuple(self._input(node, info) for node, info in self._infos.items())
+        updates = UpdateQueue(self)
+        to_park = self._to_park()
         for node in self.step.ops:
-            if is_getitem(node):
+            if is_getitem(node) or op_name(node) == UPDATE:
                 continue
-            if op_name(node) == _UPDATE:
-                self._updates.append(node)
-            else:
-                self._op(node)
-        new_values = self._run_updates()
-        outputs, ports = self._outputs(new_values)
+            self._op(node, node.meta["op"].phase)
+            for unit in to_park.get(node, ()):
+                self._park(unit)
+            updates.after(node)
+        outputs, ports = self._outputs(updates.finish())
         self.e.graph.output(tuple(outputs))
         self.e.graph.eliminate_dead_code()
-        return LocalProgram(mesh=self.mesh, graph=self.e.graph, inputs=inputs, outputs=tuple(ports), optimizer=self._optimizer)
+        return LocalProgram(
+            mesh=self.mesh, graph=self.e.graph, inputs=inputs, outputs=tuple(ports), optimizer=self._optimizer,
+            num_recomputed=self._num_recomputed,
+        )  # fmt: skip
+
+    def _parameter_bytes(self) -> int:
+        """Local bytes of all parameters."""
+        params = [n for n, info in self._infos.items() if info.kind == "param"]
+        shapes = [self.spec(n, self.plan.inputs.get(n, self._whole)).local_shape() for n in params]
+        return sum(math.prod(shape) * n.meta["val"].element_size() for n, shape in zip(params, shapes, strict=True))
 
     # -- inputs and outputs -------------------------------------------------------------------------------------------
 
@@ -132,16 +157,42 @@ class Lowering:
             layout = self.plan.ops[update_op].operands[tensor_args(update_op).index(node)]
         else:
             layout = self.plan.inputs.get(node, self._whole)
-        self._raw[node] = (local, layout)
+        self._raw[node, "fwd"] = (local, layout)
         return Port(
             name=node.name, kind=info.kind, fqn=info.fqn, slot=info.slot, group=info.group, dtype=node.meta["val"].dtype,
-            spec=self.spec(node, layout),
+            spec=self.spec(node, layout), tier=self.tier(node),
         )  # fmt: skip
+
+    def info(self, placeholder: fx.Node) -> GraphInput:
+        """What an input is."""
+        return self._infos[placeholder]
+
+    def stored_spec(self, stored: fx.Node) -> ShardSpec:
+        """How an input is cut between steps."""
+        return self.spec(stored, self._raw[stored, "fwd"][1])
+
+    def parked_input(self, stored: fx.Node) -> fx.Node:
+        """The local placeholder of an input that lives on another tier."""
+        return self._raw[stored, "fwd"][0]
+
+    def loss(self) -> fx.Node:
+        """The local loss, complete on every rank."""
+        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        at = next(i for i, info in enumerate(self.step.outputs) if info.kind == "loss")
+        return self.get(out.args[0][at], "output", self._whole)  # type: ignore[index]
+
+    def tier(self, stored: fx.Node) -> str:
+        """Where an input lives between steps."""
+        if stored not in self._update_of:
+            return DEVICE
+        place = self.plan.state.get(self._update_of[stored][1], ON_DEVICE)
+        return place.param if self._infos[stored].kind == "param" else place.state
 
     def _outputs(self, new_values: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]) -> tuple[list[fx.Node], list[Port]]:
         out = next(n for n in self.step.graph.nodes if n.op == "output")
         nodes: list[fx.Node] = []
         ports: list[Port] = []
+        tiers_of = {(info.kind, info.fqn, info.slot): self.tier(node) for node, info in self._infos.items()}
         for value, info in zip(out.args[0], self.step.outputs, strict=True):
             key = (info.kind, info.fqn, info.slot)
             if key in new_values:
@@ -150,16 +201,17 @@ class Lowering:
                 node, spec = self.get(value, "output", self._whole), self.spec(value, self._whole)
             nodes.append(node)
             dtype = value.meta["val"].dtype
-            ports.append(Port(name=value.name, kind=info.kind, fqn=info.fqn, slot=info.slot, dtype=dtype, spec=spec))
+            tier = tiers_of.get(key, DEVICE)
+            ports.append(Port(name=value.name, kind=info.kind, fqn=info.fqn, slot=info.slot, dtype=dtype, spec=spec, tier=tier))
         return nodes, ports
 
     # -- ops ------------------------------------------------------------------------------------------------------------
 
-    def _op(self, node: fx.Node) -> None:
+    def _op(self, node: fx.Node, phase: str) -> None:
+        """Emit an op for the readers of a phase: its own, or a later one that makes its results again."""
         bound = self.factors.bind(node)
         chosen = self.plan.ops[node]
         args = tensor_args(node)
-        phase = node.meta["op"].phase
         local: dict[int, fx.Node] = {i: self.get(v, phase, layout) for i, (v, layout) in enumerate(zip(args, chosen.operands, strict=True))}
         result = self.emit_op(node, bound, chosen, local)
         values = result_values(node)
@@ -174,9 +226,9 @@ class Lowering:
                 piece = self.e.op(operator.getitem, result, index)
             layout = chosen.results[index]
             assert layout is not None, f"result {index} of {node.name} has no layout"
-            self._raw[value] = (piece, layout)
+            self._raw[value, phase] = (piece, layout)
             if value in self.plan.kept and self.plan.kept[value] != layout:
-                self._kept[value] = self._reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+                self._kept[value, phase] = self.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
 
     def emit_op(self, node: fx.Node, bound: BoundOp, chosen: OpStrategy, local: dict[int, fx.Node]) -> Any:
         """One op on local operands (by operand index); the local result or a tuple of results."""
@@ -216,9 +268,10 @@ class Lowering:
         return found()
 
     def _read(self, value: fx.Node, phase: str, layout: Layout) -> _Later:
-        node, have = self._raw[value]
-        if value in self._kept:
-            kept = self._kept[value]
+        at = self._available(value, phase)
+        node, have = self._raw[value, at]
+        if (value, at) in self._kept:
+            kept = self._kept[value, at]
             have = self.plan.kept[value]
             if have == self.plan.reads.get((value, phase), have) == layout:
                 return kept
@@ -227,13 +280,71 @@ class Lowering:
         if read != have:
             key = (value, phase + "/read", read)
             if key not in self._copies:
-                self._copies[key] = self._reshard(value, node, have, read)
+                self._copies[key] = self.reshard(value, node, have, read)
             if read == layout:
                 return self._copies[key]
             node = self._copies[key]()
-        return self._reshard(value, node, read, layout)
+        return self.reshard(value, node, read, layout)
 
-    def _reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> _Later:
+    # -- tiers and recomputation ------------------------------------------------------------------------------------------
+
+    def _available(self, value: fx.Node, phase: str) -> str:
+        """The phase under which a reader finds a value, having fetched it or made it again where the plan says so."""
+        if value.op == "placeholder":
+            return self._input_for(value, phase)
+        maker: fx.Node = value.args[0] if is_getitem(value) else value  # type: ignore[assignment]
+        if maker.meta["op"].phase != "fwd":
+            return maker.meta["op"].phase
+        if phase == "fwd" or (value, "bwd") in self._raw:
+            return "fwd" if phase == "fwd" else "bwd"
+        unit = unit_of(value)
+        if unit.op == "call_function" and self.plan.residency.get(unit, KEEP) == KEEP:
+            return "fwd"
+        if value in self._parked:
+            _, layout = self._raw[value, "fwd"]
+            fetched = self._fetch(self._parked[value])
+            self._raw[value, "bwd"] = (fetched, self.plan.kept.get(value, layout))
+        elif maker is unit and self.plan.residency[unit] in (HOST, DISK):
+            return "fwd"  # too small to be worth a copy
+        else:
+            self._num_recomputed += maker is unit
+            self._op(maker, "bwd")
+        return "bwd"
+
+    def _input_for(self, value: fx.Node, phase: str) -> str:
+        """An input as a phase finds it: fetched for each phase where it does not live on the device. An early update takes what the
+        backward pass has fetched just before."""
+        if self.tier(value) == DEVICE:
+            return "fwd"
+        early = phase == "update" and self.plan.early_updates and not self._clipped
+        name = f"fetched for {'bwd' if early and (value, 'fetched for bwd') in self._raw else phase}"
+        if (value, name) not in self._raw:
+            local, layout = self._raw[value, "fwd"]
+            self._raw[value, name] = (self._fetch(local), layout)
+        return name
+
+    def _fetch(self, parked: fx.Node) -> fx.Node:
+        return self.e.op(tiers.arrive, self.e.op(tiers.fetch, parked))
+
+    def _to_park(self) -> dict[fx.Node, list[fx.Node]]:
+        """Forward op → the units to copy to their tier once it has run: it is the last to read them."""
+        out: dict[fx.Node, list[fx.Node]] = {}
+        for unit, choice in self.plan.residency.items():
+            if choice in (HOST, DISK):
+                out.setdefault(self.uses.last_fwd[unit], []).append(unit)
+        return out
+
+    def _park(self, unit: fx.Node) -> None:
+        for value in results(unit):
+            local, layout = self._raw[value, "fwd"]
+            if (value, "fwd") in self._kept:
+                local, layout = self._kept[value, "fwd"](), self.plan.kept[value]
+            num_bytes = math.prod(self.spec(value, layout).local_shape()) * value.meta["val"].element_size()
+            if num_bytes >= SMALL_BYTES:
+                self._parked[value] = self.e.op(tiers.settle, self.e.op(tiers.offload, local, self.plan.residency[unit]))
+
+    def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> _Later:
+        """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
         way = list(steps(source, target, self.mesh))
         later = _ready(node)
         while way:
@@ -289,7 +400,7 @@ class Lowering:
         at = len(bucket.items)
         bucket.items.append((x, place))
         bucket.num_bytes += math.prod(spec.local_shape()) * val.element_size()
-        if bucket.num_bytes >= self._bucket_bytes:
+        if bucket.num_bytes >= self.bucket_bytes:
             self._send(full)
 
         def get() -> fx.Node:
@@ -318,55 +429,6 @@ class Lowering:
         else:
             dims, outers = [p[0] for p in places], [p[1] for p in places]
             bucket.sent = self.e.start(target, xs, axes, dims, outers, *([op] if op else []))
-
-    # -- updates ----------------------------------------------------------------------------------------------------------
-
-    def _run_updates(self) -> dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]:
-        """One fused call per optimizer group, then the new parameters go back to the layout they are stored in."""
-        groups: dict[tuple[str, int], list[fx.Node]] = {}
-        for node in self._updates:
-            groups.setdefault((argument(node, "kind"), argument(node, "group")), []).append(node)
-        out: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]] = {}
-        done: list[tuple[fx.Node, fx.Node]] = []
-        for (kind, group), nodes in groups.items():
-            done += self._fused_update(kind, group, nodes, out)
-        new_params: list[tuple[fx.Node, Layout, _Later]] = []
-        for op, local in done:
-            param = tensor_args(op)[0]
-            made, stored = self.plan.ops[op].results[0], self.plan.inputs[param]
-            assert made is not None
-            new_params.append((param, stored, self._reshard(param, local, made, stored, bucket=True)))
-        for param, stored, later in new_params:
-            info = self._infos[param]
-            out["param", info.fqn, ""] = (later(), self.spec(param, stored))
-        return out
-
-    def _loss(self) -> fx.Node:
-        out = next(n for n in self.step.graph.nodes if n.op == "output")
-        at = next(i for i, info in enumerate(self.step.outputs) if info.kind == "loss")
-        return self.get(out.args[0][at], "output", self._whole)  # type: ignore[index]
-
-    def _fused_update(
-        self, kind: str, group: int, nodes: list[fx.Node], out: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
-    ) -> list[tuple[fx.Node, fx.Node]]:
-        params, grads, states, fqns = [], [], [], []
-        for node in nodes:
-            operands, layouts = tensor_args(node), self.plan.ops[node].operands
-            local = [self.get(v, "update", layout) for v, layout in zip(operands, layouts, strict=True)]
-            params.append(local[0])
-            grads.append(local[1])
-            states.append(local[2:])
-            fqns.append(self._infos[operands[0]].fqn)
-        result = self.e.op(update.fused_update, params, grads, states, kind, group, fqns, self._loss())
-        done = [(node, self.e.op(operator.getitem, result, i)) for i, node in enumerate(nodes)]
-        at = len(nodes)
-        for node in nodes:
-            for value in tensor_args(node)[2:]:
-                info = self._infos[value]
-                out["state", info.fqn, info.slot] = (self.e.op(operator.getitem, result, at), self.spec(value, self._raw[value][1]))
-                at += 1
-        return done
-
 
 def lower(
     step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",

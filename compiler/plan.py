@@ -20,11 +20,13 @@ from .choices import ChoiceGraph
 from .factors import FactorMap, is_getitem
 from .layout import fits
 from .lower import Assignment
+from .residency import DISK, HOST, RECOMPUTE, StatePlace
 from .rule_table import op_name
 from .step_graph import StepGraph
 from .strategies import strategy
 
 FORMAT = "opweave.plan"
+PLACES = ("residency", "state")
 VERSION = 1
 
 
@@ -48,7 +50,7 @@ _SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "required": ["kind", "nodes", "codes"],
                 "properties": {
-                    "kind": {"enum": ["op", "input", "value", "read"]},
+                    "kind": {"enum": ["op", "input", "value", "read", "residency", "state"]},
                     "nodes": {"type": "array", "items": {"type": "string"}, "minItems": 1},
                     "codes": _CODES,
                     "phase": {"type": "string"},
@@ -71,7 +73,8 @@ class Decision:
     """One choice: kind as in `choices`, the graph nodes that share it, and its codes per mesh axis.
 
     codes: atom of the op ("op") or of the tensor (others) that the axis splits, -1 replicated, below that partial or pass-through.
-    text: the same for people. seconds: predicted time of all members together ("op").
+    text: the same for people. seconds: predicted time of all members together ("op"). The kinds "residency" (of the results of forward
+    ops) and "state" (of parameters) have no codes, their text is the choice (see `residency`); what is not listed stays on the device.
     """
 
     kind: str
@@ -99,6 +102,9 @@ class Plan:
     replicated_ops: list[dict[str, Any]] = field(default_factory=list)
     modules: list[dict[str, Any]] = field(default_factory=list)
     force: str | None = None
+    early_updates: bool = False
+    residency: dict[str, dict[str, int]] = field(default_factory=dict)
+    state: dict[str, dict[str, int]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,9 +178,9 @@ class Plan:
     def assignment(self, step: StepGraph, factors: FactorMap) -> Assignment:
         """The decisions on the nodes of a step. Raises PlanError where they do not fit it."""
         nodes = {n.name: n for n in step.graph.nodes}
-        out = Assignment(mesh=self.mesh)
+        out = Assignment(mesh=self.mesh, early_updates=self.early_updates)
         for d in self.decisions:
-            if len(d.codes) != len(self.mesh):
+            if d.kind not in PLACES and len(d.codes) != len(self.mesh):
                 raise PlanError(
                     f"decision for {d.nodes[0]} has {len(d.codes)} codes, the mesh has {len(self.mesh)} axes; the plan is damaged"
                 )
@@ -188,6 +194,9 @@ class Plan:
 
 
 def _assign(out: Assignment, d: Decision, node: fx.Node, factors: FactorMap) -> None:
+    if d.kind in PLACES:
+        _assign_place(out, d, node)
+        return
     is_op = d.kind == "op"
     bound = factors.bind(node) if is_op else None
     sizes = bound.sizes if bound is not None else factors.atoms(node)
@@ -204,6 +213,20 @@ def _assign(out: Assignment, d: Decision, node: fx.Node, factors: FactorMap) -> 
         out.kept[node] = d.codes
     else:
         out.reads[node, d.phase] = d.codes
+
+
+def _assign_place(out: Assignment, d: Decision, node: fx.Node) -> None:
+    try:
+        if d.kind == "state":
+            if node.op != "placeholder":
+                raise ValueError(f"{node.name} is no parameter")
+            out.state[node] = StatePlace.parse(d.text)
+        elif d.text not in (HOST, DISK, RECOMPUTE) or node.op != "call_function" or node.meta["op"].phase != "fwd":
+            raise ValueError(f"{d.text!r} is nothing that can become of {node.name}")
+        else:
+            out.residency[node] = d.text
+    except ValueError as error:
+        raise PlanError(f"decision for {node.name}: {error}; the plan is damaged") from None
 
 
 def _check_complete(out: Assignment, step: StepGraph) -> None:

@@ -1,6 +1,10 @@
 """From an analysed step to a plan: choices, prices and selection for each mesh, the best one recorded.
 
 `plan_step` is called by `api` once the step is captured and analysed.
+
+Each mesh is solved in up to three forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on
+what any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and
+the choice where everything lives (`price_places`). Meshes are taken best bound first, so most of them are never solved in full.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import itertools
 import math
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +26,13 @@ from ..runtime.memory import MemoryReport
 from .analyse import Analysis
 from .choices import ChoiceGraph, build_choices
 from .force import restriction
+from .limits import Limits, memory_limits
 from .lower import lower
-from .naming import module_rows, usual_names
-from .plan import Plan, decisions_of, fingerprint, to_assignment
-from .pricing import SIDE, PricedProblem, Pricer
+from .plan import Plan
+from .pricing import SIDE, Pricer
 from .problem import ProblemBuilder, SelectionProblem
+from .record import Candidate, record
+from .residency import DEVICE
 
 if TYPE_CHECKING:
     from .solver import Solution
@@ -36,86 +42,154 @@ GAP = 1e-4
 
 
 _WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
+_UNLIMITED = {DEVICE: math.inf}
+_MAX_TRIES = 8
 
 
 class DoesNotFitError(ValueError):
     """No plan stays within the memory limit."""
 
 
-@dataclass(slots=True)
-class Candidate:
-    """One mesh with its solved problem."""
-
-    mesh: tuple[int, ...]
-    priced: PricedProblem
-    solution: Solution
-    limit: float
-
-
 def plan_step(
     analysis: Analysis, cluster: Cluster, *, mesh: tuple[int, ...] | None = None, force: str | None = None,
-    memory_limit: float | None = None, time_limit_s: float = 60.0, capture_s: float = 0.0,
+    memory_limit: Any = None, time_limit_s: float = 60.0, capture_s: float = 0.0,
 ) -> Plan:  # fmt: skip
     """The cheapest plan over the mesh candidates that fits the memory.
 
-    memory_limit: bytes per device (default: what the cluster's device has). Raises DoesNotFitError, and ValueError for a mesh that
-    is not the cluster's size.
+    memory_limit: see `limits.memory_limits`. Raises DoesNotFitError, and ValueError for a mesh that is not the cluster's size.
     """
     started = time.perf_counter()
-    limit = float(cluster.device.usable_bytes) if memory_limit is None else _checked_limit(memory_limit)
+    limits = memory_limits(memory_limit, cluster)
     meshes = [_checked(mesh_of(mesh), cluster)] if mesh is not None else cluster.mesh_candidates()
-    times = {"capture": capture_s, "strategies": 0.0, "pricing": 0.0, "solve": 0.0, "verify": 0.0}
-    found: list[Candidate] = []
-    refused: list[Solution] = []
-    for candidate_mesh in meshes:
-        candidate = _solve(analysis, cluster, candidate_mesh, force, limit, time_limit_s, times)
-        if candidate.solution.status == "infeasible":
-            refused.append(candidate.solution)
-        else:
-            found.append(candidate)
-    if not found:
-        raise DoesNotFitError(_why_not(analysis, cluster, meshes, limit, refused))
-    best, memory = _within(analysis, cluster, found, force, limit, time_limit_s, times)
-    plan = _record(analysis, cluster, best, found, force, times, memory)
+    search = _Search(analysis, cluster, force, limits, time_limit_s)
+    best, memory = search.run(meshes)
+    plan = record(analysis, cluster, best, search.found, force, search.times, memory)
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
+    plan.planning_time_s["capture"] = capture_s
     return plan
 
 
-def _within(
-    analysis: Analysis, cluster: Cluster, found: list[Candidate], force: str | None, limit: float, time_limit_s: float,
-    times: dict[str, float],
-) -> tuple[Candidate, MemoryReport]:  # fmt: skip
-    """The cheapest candidate whose *program* stays within the limit.
+@dataclass(slots=True)
+class _Mesh:
+    """A mesh on its way through the three forms. bound_s: no plan of it is faster."""
 
-    The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered program
-    does. Where it finds more than the limit, the problem is solved again with that much less.
-    """
-    todo = sorted(found, key=lambda c: c.solution.objective)
-    over = ""
-    for _ in range(_MAX_TRIES):
-        best = todo[0]
+    mesh: tuple[int, ...]
+    graph: ChoiceGraph
+    bound_s: float
+    best: Candidate | None = None
+    memory: MemoryReport | None = None
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search over meshes and forms."""
+
+    analysis: Analysis
+    cluster: Cluster
+    force: str | None
+    limits: Limits
+    time_limit_s: float
+    times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "strategies", "pricing", "solve", "verify"), 0.0))
+    found: list[Candidate] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, MemoryReport]:
+        """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
+        loose = sorted((self._loose(mesh) for mesh in meshes), key=lambda m: m.bound_s)
+        best: _Mesh | None = None
+        for mesh in loose:
+            if best is not None and best.best is not None and best.best.solution.objective <= mesh.bound_s * (1 + GAP):
+                break
+            self._tighten(mesh)
+            if mesh.best is not None and (best is None or mesh.best.solution.objective < best.best.solution.objective):  # type: ignore[union-attr]
+                best = mesh
+        if best is None:
+            raise DoesNotFitError(f"{_head(self.analysis, self.cluster, self.limits)}. {'; '.join(self.refused)}. {_WAYS_OUT}")
+        assert best.best is not None and best.memory is not None, "a mesh was chosen without a plan"
+        return best.best, best.memory
+
+    def _loose(self, mesh: tuple[int, ...]) -> _Mesh:
+        """A mesh without limits: its bound, and its plan where that fits as it is."""
+        started = time.perf_counter()
+        recipe = restriction(self.force, self.analysis.step, self.analysis.factors, mesh) if self.force else None
+        graph = build_choices(self.analysis.step, self.analysis.factors, mesh, recipe)
+        self.times["strategies"] += time.perf_counter() - started
+        candidate = self._solve(mesh, graph, _UNLIMITED, places=False)
+        self.found.append(candidate)
+        out = _Mesh(mesh, graph, candidate.solution.lower_bound)
+        memory = self._dry_run(candidate)
+        if not self._over(memory):
+            out.best, out.memory = candidate, memory
+        return out
+
+    def _tighten(self, mesh: _Mesh) -> None:
+        """Find the best plan of a mesh that fits."""
+        if mesh.best is not None:
+            return
+        for places in (False, True):
+            self._fit(mesh, places)
+            if mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
+                return
+
+    def _fit(self, mesh: _Mesh, places: bool) -> None:
+        """Solve with limits until the program fits, too.
+
+        The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered
+        program does. Where it finds more than a limit, the problem is solved again with that much less.
+        """
+        limits = dict(self.limits)
+        for _ in range(_MAX_TRIES):
+            candidate = self._solve(mesh.mesh, mesh.graph, limits, places=places)
+            if candidate.solution.status == "infeasible":
+                if places:
+                    self.refused.append(f"mesh {show_mesh(mesh.mesh)}: {self._reason(candidate.solution.reason, limits)}")
+                return
+            if mesh.best is not None and candidate.solution.lower_bound >= mesh.best.solution.objective:
+                return
+            memory = self._dry_run(candidate)
+            over = self._over(memory)
+            if not over:
+                if mesh.best is None or candidate.solution.objective < mesh.best.solution.objective:
+                    mesh.best, mesh.memory = candidate, memory
+                    self.found.append(candidate)
+                return
+            for pool, excess in over.items():
+                limits[pool] -= 1.05 * excess
+            if min(limits.values()) <= 0:
+                break
+        if places:
+            self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {memory.peak_bytes:,} bytes at {memory.at}")
+
+    def _over(self, memory: MemoryReport) -> dict[str, float]:
+        """Bytes above the limit, per pool."""
+        return {p: memory.pools[p] - limit for p, limit in self.limits.items() if memory.pools.get(p, 0) > limit}
+
+    def _dry_run(self, candidate: Candidate) -> MemoryReport:
+        started = time.perf_counter()
+        try:
+            return dry_run(lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta"))
+        finally:
+            self.times["verify"] += time.perf_counter() - started
+
+    def _solve(self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool) -> Candidate:
         t0 = time.perf_counter()
-        report = _dry_run(analysis, best)
-        times["verify"] += time.perf_counter() - t0
-        if report.peak_bytes <= limit:
-            return best, report
-        over = f"mesh {show_mesh(best.mesh)} needs {report.peak_bytes:,} bytes at {report.at}"
-        tighter = best.limit - 1.05 * (report.peak_bytes - limit)
-        todo[0] = _solve(analysis, cluster, best.mesh, force, tighter, time_limit_s, times)
-        if todo[0].solution.status == "infeasible":
-            todo.pop(0)
-        if not todo:
-            break
-        todo.sort(key=lambda c: c.solution.objective)
-    raise DoesNotFitError(f"{_head(analysis, cluster, limit)}; {over}. {_WAYS_OUT}")
+        priced = Pricer(graph, self.cluster, limits, places=places).price()
+        t1 = time.perf_counter()
+        solution = _solution(priced.problem, self.time_limit_s)
+        self.times["pricing"] += t1 - t0
+        self.times["solve"] += time.perf_counter() - t1
+        return Candidate(mesh, priced, solution, places)
 
-
-_MAX_TRIES = 8
-
-
-def _dry_run(analysis: Analysis, candidate: Candidate) -> MemoryReport:
-    assignment = to_assignment(candidate.priced.graph, [int(i) for i in candidate.solution.selection])
-    return dry_run(lower(analysis.step, analysis.factors, assignment, device="meta"))
+    def _reason(self, text: str, limits: Limits) -> str:
+        """The solver's reason with the op and its module in place of a time."""
+        found = _LEAST.search(text)
+        if found is None:
+            return text
+        nodes: list[fx.Node] = list(self.analysis.step.graph.nodes)
+        least, node = int(found.group(1)), nodes[min(int(found.group(2)), len(nodes) - 1)]
+        info = node.meta.get("op")
+        where = f" of {info.path}" if info is not None and info.path else ""
+        return f"the leanest plan needs {least:,} bytes, {least - int(limits[DEVICE]):,} too many (at {node.name}{where})"
 
 
 def show_mesh(mesh: tuple[int, ...]) -> str:
@@ -131,12 +205,6 @@ def mesh_of(mesh: Any) -> tuple[int, ...]:
     raise ValueError(f"mesh is {mesh!r}; give devices per axis as a tuple of positive whole numbers, e.g. (2,) or (2, 4)")
 
 
-def _checked_limit(limit: Any) -> float:
-    if isinstance(limit, (int, float)) and limit > 0:
-        return float(limit)
-    raise ValueError(f"memory_limit is {limit!r}; give bytes per device, a number above 0, e.g. 10e9")
-
-
 def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
     if math.prod(mesh) != cluster.num_devices:
         raise ValueError(
@@ -144,23 +212,6 @@ def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
             f"candidates are {', '.join(map(show_mesh, cluster.mesh_candidates()))}"
         )
     return tuple(mesh)
-
-
-def _solve(
-    analysis: Analysis, cluster: Cluster, mesh: tuple[int, ...], force: str | None, limit: float, time_limit_s: float,
-    times: dict[str, float],
-) -> Candidate:  # fmt: skip
-    t0 = time.perf_counter()
-    limits = restriction(force, analysis.step, analysis.factors, mesh) if force else None
-    graph = build_choices(analysis.step, analysis.factors, mesh, limits)
-    t1 = time.perf_counter()
-    priced = Pricer(graph, cluster, limit).price()
-    t2 = time.perf_counter()
-    solution = _solution(priced.problem, time_limit_s)
-    t3 = time.perf_counter()
-    for name, seconds in (("strategies", t1 - t0), ("pricing", t2 - t1), ("solve", t3 - t2)):
-        times[name] += seconds
-    return Candidate(mesh, priced, solution, limit)
 
 
 @lru_cache(maxsize=1)
@@ -196,87 +247,10 @@ def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
     return replace(best, lower_bound=bound, gap=gap, status="optimal" if gap <= GAP else "feasible")
 
 
-def _record(
-    analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float],
-    memory: MemoryReport,
-) -> Plan:  # fmt: skip
-    graph, solution, priced = best.priced.graph, best.solution, best.priced
-    selection = [int(i) for i in solution.selection]
-    names, counts = usual_names(graph, selection)
-    decisions = decisions_of(graph, selection, priced.op_seconds, names)
-    step = analysis.step
-    return Plan(
-        model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
-        cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
-        mesh=best.mesh, decisions=decisions, predicted=_predicted(priced, solution, memory),
-        solver={
-            "objective_s": float(solution.objective),
-            "lower_bound_s": float(solution.lower_bound),
-            "gap": float(solution.gap),
-            "status": solution.status,
-            "num_nodes": priced.problem.num_nodes,
-            "num_edges": priced.problem.num_edges,
-        },
-        planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
-        replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
-        candidates=[{"mesh": list(c.mesh), "objective_s": float(c.solution.objective), "gap": float(c.solution.gap)} for c in found],
-    )  # fmt: skip
-
-
-def num_parameters(graph: ChoiceGraph) -> int:
-    """Elements of all parameters."""
-    placeholders = (n for n in graph.step.graph.nodes if n.op == "placeholder")
-    return sum(int(n.meta["val"].numel()) for n, i in zip(placeholders, graph.step.inputs, strict=True) if i.kind == "param")
-
-
-def _predicted(priced: PricedProblem, solution: Solution, memory: MemoryReport) -> dict[str, Any]:
-    evaluation = priced.problem.evaluate(solution.selection)
-    compute = sum(
-        float(priced.op_seconds[c.index][int(i)]) * len(c.members)
-        for c, i in zip(priced.graph.choices, solution.selection, strict=True)
-        if c.kind == "op"
-    )
-    side = 0.0
-    if SIDE in priced.problem.streams:
-        edges = priced.problem.edge_stream[priced.problem.streams.index(SIDE)]
-        side = _chosen_edges(priced, solution, edges)
-    critical = evaluation.node_cost + evaluation.edge_cost
-    return {
-        "step_time_s": evaluation.objective,
-        "streams": {"compute": compute, "collectives": critical - compute + side},
-        "peak_bytes": {"device": memory.peak_bytes},
-        "peak_at": memory.at,
-        "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
-    }
-
-
-def _chosen_edges(priced: PricedProblem, solution: Solution, values: np.ndarray) -> float:
-    problem, x = priced.problem, np.asarray(solution.selection, dtype=np.int64)
-    widths = problem.num_strategies[problem.edges[:, 1]].astype(np.int64)
-    at = problem.edge_offsets()[:-1] + x[problem.edges[:, 0]] * widths + x[problem.edges[:, 1]]
-    return float(values[at].sum())
-
-
-def _head(analysis: Analysis, cluster: Cluster, limit: float) -> str:
+def _head(analysis: Analysis, cluster: Cluster, limits: Limits) -> str:
     name = analysis.step.model_name or "the model"
-    return f"{name} does not fit on {cluster.name!r}: every device ({cluster.device.name}) has {int(limit):,} usable bytes"
+    others = "".join(f", {int(limit):,} of the {pool}" for pool, limit in limits.items() if pool != DEVICE)
+    return f"{name} does not fit on {cluster.name!r}: every device ({cluster.device.name}) has {int(limits[DEVICE]):,} usable bytes{others}"
 
 
 _LEAST = re.compile(r"needs at least (\d+) bytes at time (\d+)")
-
-
-def _reason(text: str, limit: float, nodes: list[fx.Node]) -> str:
-    """The solver's reason with the op and its module in place of a time."""
-    found = _LEAST.search(text)
-    if found is None:
-        return text
-    least, node = int(found.group(1)), nodes[min(int(found.group(2)), len(nodes) - 1)]
-    info = node.meta.get("op")
-    where = f" of {info.path}" if info is not None and info.path else ""
-    return f"the leanest plan needs {least:,} bytes, {least - int(limit):,} too many (at {node.name}{where})"
-
-
-def _why_not(analysis: Analysis, cluster: Cluster, meshes: list[tuple[int, ...]], limit: float, refused: list[Solution]) -> str:
-    nodes = list(analysis.step.graph.nodes)
-    reasons = "; ".join(f"mesh {show_mesh(m)}: {_reason(s.reason, limit, nodes)}" for m, s in zip(meshes, refused, strict=False))
-    return f"{_head(analysis, cluster, limit)}. {reasons}. " + _WAYS_OUT

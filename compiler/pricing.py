@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,18 +21,25 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.collectives import collective_coefficients
 from ..cost_model.kernels import kernel_seconds
 from ..cost_model.work import op_work
-from ..torch_compat import OpOverload
 from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
+from .price_places import PlaceNode, PlacePricer, streams_of
 from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, steps
+from .residency import DEVICE, DISK, HOST
 from .rule import results_of, tensor_args
 from .rule_table import op_name
 from .strategies import OpStrategy
+from .views import aliased_operand
 
 SIDE = "collectives"
+COPIES_HIDDEN = 0.9
+"""Share of the computation's time that copies between tiers can hide behind: copy engines and I/O threads run beside it, but nothing
+hides the first and the last of them."""
+
+TIERS = (HOST, DISK)
 _FORBIDDEN = float("inf")
 
 
@@ -108,28 +116,35 @@ def tensor_bytes(value: torch.Tensor) -> int:
 
 @dataclass(slots=True)
 class PricedProblem:
-    """The selection problem of a choice graph; node i of the problem is choice i."""
+    """The selection problem of a choice graph; node i of the problem is choice i, behind them are the places."""
 
     problem: SelectionProblem
     graph: ChoiceGraph
     op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member
+    places: list[PlaceNode] = field(default_factory=list)
 
 
 class Pricer:
     """Turns a choice graph into numbers."""
 
-    def __init__(self, graph: ChoiceGraph, cluster: Cluster, memory_limit: float) -> None:
+    def __init__(self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False) -> None:
+        """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for."""
         self.graph = graph
         self.cluster = cluster
         self.mesh = graph.mesh
         self.prices = CollectivePrices(cluster, graph.mesh)
-        overlap = cluster.overlap if len(graph.mesh) and math.prod(graph.mesh) > 1 else 0.0
-        self._overlap = overlap
-        self._builder = ProblemBuilder(graph.step.model_name or "step", pools={"device": memory_limit}, streams=(SIDE,) if overlap else ())
+        self.op_seconds: dict[int, np.ndarray] = {}
+        tiers = [tier for tier in TIERS if limits.get(tier)] if places else []
+        overlap = cluster.overlap if math.prod(graph.mesh) > 1 else 0.0
+        # What one second of computation hides, per stream.
+        self._hides = {SIDE: overlap} if overlap else {}
+        self._hides |= dict.fromkeys(streams_of(tiers), COPIES_HIDDEN)
+        pools = {pool: limits[pool] for pool in (DEVICE, *tiers)}
+        self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=tuple(self._hides))
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
-        self._op_seconds: dict[int, np.ndarray] = {}
+        self._places = PlacePricer(self, tiers) if places else None
 
     def price(self) -> PricedProblem:
         """Nodes, links, memory."""
@@ -139,7 +154,12 @@ class Pricer:
         for link in self.graph.links:
             self._edge(link)
         self._memory()
-        return PricedProblem(problem=self._builder.build(), graph=self.graph, op_seconds=self._op_seconds)
+        places = self._places.add() if self._places is not None else []
+        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=self.op_seconds, places=places)
+
+    def hidden_behind(self, seconds: np.ndarray) -> dict[str, np.ndarray] | None:
+        """What computation of so many seconds takes off each stream."""
+        return {name: -share * seconds for name, share in self._hides.items()} or None
 
     # -- time -----------------------------------------------------------------------------------------------------------
 
@@ -149,14 +169,14 @@ class Pricer:
         streams = None
         if choice.kind == "op":
             costs = self.op_costs(choice)
-            self._op_seconds[choice.index] = costs
-            if self._overlap and choice.phase != "update":
-                streams = [(-self._overlap * count) * costs]
+            self.op_seconds[choice.index] = costs
             costs = costs * count
+            if choice.phase != "update":
+                streams = self.hidden_behind(costs)
         for node in choice.members:
             if node in outputs or any(v in outputs for v in (result_values(node) if choice.kind == "op" else [])):
                 costs = costs + self._output_costs(choice, node, outputs)
-        self._builder.add_node(costs, streams)
+        self.builder.add_node(costs, streams)
 
     def op_costs(self, choice: Choice) -> np.ndarray:
         """float64[options] seconds of one member: the kernel on local sizes plus what its local form exchanges."""
@@ -247,12 +267,12 @@ class Pricer:
             if own and link.source.kind == "input":
                 agree = np.array([[all(a[x] == b[x] for x in own) for b in target.options] for a in link.source_layouts])
                 matrix = np.where(agree, matrix, _FORBIDDEN)
-        if link.side and self._overlap:
+        if link.side and SIDE in self._hides:
             finite = np.isfinite(matrix)
             stream = np.where(finite, matrix, 0.0)
-            self._builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), [stream])
+            self.builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), {SIDE: stream})
         elif np.any(matrix):
-            self._builder.add_edge(link.source.index, target.index, matrix)
+            self.builder.add_edge(link.source.index, target.index, matrix)
 
     # -- memory ---------------------------------------------------------------------------------------------------------
 
@@ -273,7 +293,7 @@ class Pricer:
         for (value, _phase), choice in self.graph.reads.items():
             self._read_memory(value, _phase, choice, add, last_use)
         for (index, start, end), num_bytes in rows.items():
-            self._builder.add_usage(index, "device", start, end, num_bytes)
+            self.builder.add_usage(index, "device", start, end, num_bytes)
 
     def _last_uses(self) -> dict[fx.Node, int]:
         """Time after which a tensor is needed no more, itself or through views of it."""
@@ -298,6 +318,8 @@ class Pricer:
         return np.array([num_bytes / num_pieces(layout, self.mesh) for layout in layouts])
 
     def _stored_memory(self, node: fx.Node, add) -> None:  # type: ignore[no-untyped-def]
+        if self._places is not None and node in self._places.params:
+            return
         choice = self.graph.input_choice[node]
         add(choice, 0, self._end, self._local(node, choice.options))
         update = self.graph.updates.get(node)
@@ -310,6 +332,8 @@ class Pricer:
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
         if aliased_operand(node) is not None or op_name(node) == "opweave::update.default":
             return
+        if self._places is not None and node in self._places.units:
+            return
         choice = self.graph.op_choice[node]
         at = self._order[node]
         for index, value in enumerate(result_values(node)):
@@ -321,7 +345,8 @@ class Pricer:
                 add(choice, at, last_use[value], local)
             else:
                 add(choice, at, at + 1, local)
-                add(kept, at + 1, last_use[value], self._local(value, kept.options))
+                end = self._places.gradient_end.get(value, last_use[value]) if self._places is not None else last_use[value]
+                add(kept, at + 1, end, self._local(value, kept.options))
 
     def _read_memory(self, value, phase, choice, add, last_use) -> None:  # type: ignore[no-untyped-def]
         users = [op for op, _ in self._readers[value] if op.meta["op"].phase == phase]
@@ -330,14 +355,6 @@ class Pricer:
         copies = self._local(value, choice.options) * ~np.array(choice.alias)
         ends = [last_use[op] if aliased_operand(op) is value else self._order[op] + 1 for op in users]
         add(choice, min(self._order[op] for op in users), max(ends), copies)
-
-
-def aliased_operand(node: fx.Node) -> fx.Node | None:
-    """The operand whose memory a view op's result shares; None for ops that make new memory."""
-    target = node.target
-    if not isinstance(target, OpOverload) or target.is_view is False:
-        return None
-    return tensor_args(node)[0] if tensor_args(node) else None
 
 
 def _whole_of(s: OpStrategy, num_axes: int) -> OpStrategy:

@@ -66,6 +66,7 @@ def verify(
     force: str | None = None,
     cluster: Cluster | None = None,
     plan: Plan | None = None,
+    memory_limit: Any = None,
     tolerance: float | None = None,
 ) -> VerifyReport:
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
@@ -89,7 +90,7 @@ def verify(
     analysis = analyse(step)
     cluster = cluster or _pretend_cluster(math.prod(mesh))
     if plan is None:
-        plan = plan_step(analysis, cluster, mesh=mesh, force=force)
+        plan = plan_step(analysis, cluster, mesh=mesh, force=force, memory_limit=memory_limit)
     else:
         plan.check(analysis.step)
     losses, params, counts = _lockstep(analysis, plan, model, reference_optimizer, batch, steps)
@@ -196,13 +197,15 @@ def _lockstep(
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, int]]:
     program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=type(optimizer).__name__)
     executor = LockstepExecutor(program, optimizer)
-    executor.states = [ProgramState.from_model(program, model, unravel(rank, plan.mesh)) for rank in range(math.prod(plan.mesh))]
+    executor.states = [
+        ProgramState.from_model(program, model, unravel(rank, plan.mesh), store=store) for rank, store in enumerate(executor.stores)
+    ]
     losses = [float(executor.run(step_inputs(analysis, batch, 0, i))[0]) for i in range(steps)]
     params = {}
     for key, port in program.stored.items():
         if key[0] in ("param", "buffer"):
             assert port.spec is not None
-            params[key[1]] = port.spec.unshard([state.tensors[key] for state in executor.states])
+            params[key[1]] = port.spec.unshard([state.value(key) for state in executor.states])
     return losses, params, dict(executor.collectives.num)
 
 

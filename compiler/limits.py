@@ -1,0 +1,69 @@
+"""Memory limits: bytes per device and pool, as users give them and as the planner needs them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..cost_model.cluster import Cluster
+from .residency import DEVICE, DISK, HOST
+
+POOLS = (DEVICE, HOST, DISK)
+Limits = dict[str, float]
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?B?\s*")
+
+
+def memory_limits(given: Any, cluster: Cluster) -> Limits:
+    """Bytes of each pool that one device may use.
+
+    given: None; bytes of the device (a number, or text like "40GiB"); or several pools, as a mapping or as text
+    ("device=4GiB,host=32GiB,disk=100GiB"). What is not given: the device's usable memory; on a GPU its share of the host's memory; no
+    disk, since nobody's disk is filled unasked. Raises ValueError for anything else.
+    """
+    limits: Limits = {DEVICE: float(cluster.device.usable_bytes)}
+    if cluster.device.kind != "cpu":
+        limits[HOST] = float(cluster.host_bytes_per_device)
+    limits |= _given(given)
+    if limits.get(DISK) and cluster.disk is None:
+        raise ValueError(
+            f"memory_limit gives {limits[DISK]:,.0f} bytes of disk, but cluster {cluster.name!r} describes no disk: calibrate it "
+            "(opweave calibrate), or add a disk to the cluster file"
+        )
+    return limits
+
+
+def _given(given: Any) -> Limits:
+    if given is None:
+        return {}
+    if isinstance(given, str) and "=" in given:
+        parts = [part.split("=", 1) for part in given.split(",")]
+        bad = [part for part in parts if len(part) != 2]
+        if bad:
+            raise _refuse(given)
+        given = {name.strip(): size for name, size in parts}
+    if isinstance(given, Mapping):
+        unknown = set(given) - set(POOLS)
+        if unknown:
+            raise ValueError(f"memory_limit names the pool {sorted(map(str, unknown))[0]!r}; the pools are {', '.join(POOLS)}")
+        return {pool: _size(value, given) for pool, value in given.items()}
+    return {DEVICE: _size(given, given)}
+
+
+def _size(value: Any, given: Any) -> float:
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value)
+        value = float(found.group(1)) * _UNITS[found.group(2) or ""] if found else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        return float(value)
+    raise _refuse(given)
+
+
+def _refuse(given: Any) -> ValueError:
+    return ValueError(
+        f"memory_limit is {given!r}; give bytes per device, a number above 0 (10e9) or a text (10GiB), or several pools: "
+        '"device=4GiB,host=32GiB,disk=100GiB"'
+    )

@@ -1,0 +1,319 @@
+"""Prices of places: where forward results and parameters live, as nodes of the selection problem beside those of the choice graph.
+
+One node per unit (see `residency`) and per trained parameter, *not* shared between equal layers. Its options are (size class, place): the
+local bytes that the layouts chosen for its tensors leave, which edges tie to the layout's choice, times what may become of it.
+
+Memory. Kept: from the op that makes it to its last reader. Offloaded: until the copy can be complete behind the last forward reader, and
+again from when fetching must start; between, in the pool of its tier. Recomputed: until the last forward reader, and again from the first
+time it, or something made from it in the same block, is asked for. Times are positions in the step graph; seconds are turned into
+positions by the running sum of the ops' seconds.
+
+Time. A copy is in the stream of its direction and costs what the step's computation cannot hide. Running an op again costs its seconds.
+Along a chain of recomputation every operand must be there: an edge forbids "recompute" beside a dropped operand, and beside an operand that
+an earlier block would have to make again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import fx
+
+from ..cost_model.cluster import Cluster
+from ..cost_model.transfers import cpu_update_seconds, transfer_coefficients
+from .choices import Choice
+from .layout import num_pieces
+from .lower_updates import due_after
+from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
+from .rule import tensor_args
+
+if TYPE_CHECKING:
+    from .pricing import Pricer
+
+DROP = "drop"
+CPU = "cpu"
+_FORBIDDEN = float("inf")
+_LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
+
+# What a tier's copies occupy, per direction; the disk reads and writes through one path.
+_STREAMS = {(HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "disk", (DISK, "in"): "disk"}
+_DIRECTIONS = {
+    (HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "host_to_disk", (DISK, "in"): "disk_to_host",
+}  # fmt: skip
+
+
+def streams_of(tiers: Sequence[str]) -> tuple[str, ...]:
+    """The streams that places need, given the tiers there are."""
+    names = [_STREAMS[tier, way] for tier in tiers for way in ("out", "in")]
+    return tuple(dict.fromkeys([*names, *([CPU] if HOST in tiers else [])]))
+
+
+@dataclass(slots=True)
+class PlaceNode:
+    """A node of the problem: the place of a unit's results, or of a parameter. options: (size class, place)."""
+
+    index: int
+    member: fx.Node
+    options: list[tuple[int, str | StatePlace]]
+
+
+class PlacePricer:
+    """Adds the nodes of places to a pricer's problem. `units` and `params` have them from `__init__` on, so that the pricer leaves their
+    memory to them."""
+
+    def __init__(self, pricer: Pricer, tiers: Sequence[str]) -> None:
+        self._pricer = pricer
+        self._graph = pricer.graph
+        self._cluster: Cluster = pricer.cluster
+        self._tiers = tuple(tiers)
+        self.uses = Uses(pricer.graph.step)
+        self._order = self.uses.order
+        self._end = len(self._order)
+        self.units = self._worth_deciding()
+        self.params = dict(self._large_parameters())
+        self.due = {op: self._order[node] for node, ops in due_after(self.uses, {}).items() for op in ops}
+        self.gradient_end = {tensor_args(op)[1]: at + 1 for op, at in self.due.items()}
+        self._nodes: dict[fx.Node, PlaceNode] = {}
+
+    # -- what is decided --------------------------------------------------------------------------------------------------
+
+    def _worth_deciding(self) -> dict[fx.Node, int]:
+        """Units that get a node, with their global bytes."""
+        uses = self.uses
+        sizes = {u: sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in results(u)) for u in uses.units}
+        least = max(SMALL_BYTES, _LEAST_SHARE * sum(sizes.values()))
+        wanted = {u for u in uses.units if uses.later[u]}
+        for unit in reversed(uses.units):  # what others may be made from again
+            if unit in wanted:
+                wanted.update(p for p in uses.producers[unit] if uses.segment[p] == uses.segment[unit])
+        return {u: sizes[u] for u in uses.units if u in wanted and sizes[u] >= least and u not in uses.outputs}
+
+    def _large_parameters(self) -> list[tuple[fx.Node, fx.Node]]:
+        found = list(self.uses.parameters())
+        sizes = [p.meta["val"].numel() for p, _ in found]
+        least = _LEAST_SHARE * sum(sizes)
+        return [pair for pair, size in zip(found, sizes, strict=True) if size >= least and size * 4 >= SMALL_BYTES]
+
+    # -- nodes ------------------------------------------------------------------------------------------------------------
+
+    def add(self) -> list[PlaceNode]:
+        """Add all nodes, edges and memory; called once the choices have theirs."""
+        self._clock = self._running_seconds()
+        self._needed, self._needed_by_block = self._first_needs()
+        for unit, num_bytes in self.units.items():
+            self._unit(unit, num_bytes)
+        for unit in self.units:
+            self._chain(unit)
+        for param, op in self.params.items():
+            self._param(param, op)
+        return list(self._nodes.values())
+
+    def _running_seconds(self) -> np.ndarray:
+        """float64[nodes + 1]: seconds of computation before each position, every op at its fastest."""
+        seconds = np.zeros(self._end + 1)
+        for node, at in self._order.items():
+            choice = self._graph.op_choice.get(node)
+            if choice is not None:
+                seconds[at + 1] = float(self._pricer.op_seconds[choice.index].min())
+        return np.cumsum(seconds)
+
+    def _at(self, seconds: float) -> int:
+        """The position at which the computation has taken so long."""
+        return min(max(bisect_left(self._clock, seconds) - 1, 0), self._end)
+
+    def _first_needs(self) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+        """Unit → the first position behind the forward pass where it is needed: by whoever, and by its own block or directly."""
+        anyone: dict[fx.Node, int] = {}
+        own: dict[fx.Node, int] = {}
+        uses = self.uses
+        for unit in reversed(uses.units):
+            direct = min((self._order[op] for op in uses.later[unit]), default=self._end)
+            block = [own[c] for c in uses.consumers[unit] if uses.segment[c] == uses.segment[unit]]
+            others = [own[c] for c in uses.consumers[unit] if uses.segment[c] != uses.segment[unit]]
+            own[unit] = min([direct, *block])
+            anyone[unit] = min([own[unit], *others])
+        return anyone, own
+
+    def _copy_s(self, tier: str, way: str, num_bytes: np.ndarray) -> np.ndarray:
+        fixed, per_byte = transfer_coefficients(_DIRECTIONS[tier, way], self._cluster)
+        return np.where(num_bytes > 0, fixed + per_byte * num_bytes, 0.0)
+
+    def _tie(self, unit: fx.Node) -> Choice:
+        """The choice whose layout says how large a unit's results are."""
+        largest = max(results(unit), key=lambda v: v.meta["val"].numel())
+        return self._graph.kept.get(largest, self._graph.op_choice[unit])
+
+    def _unit(self, unit: fx.Node, num_bytes: int) -> None:
+        tie, op = self._tie(unit), self._graph.op_choice[unit]
+        layouts = tie.options if tie is not op else [s.results[0] or next(r for r in s.results if r is not None) for s in tie.options]
+        pieces = np.array([num_pieces(layout, self._graph.mesh) for layout in layouts])
+        classes = sorted(set(pieces.tolist()))
+        places = [KEEP, RECOMPUTE] if self.uses.later[unit] else [DROP, RECOMPUTE, KEEP]
+        if self.uses.later[unit]:
+            places += self._tiers
+        options = [(c, place) for c in classes for place in places]
+        local = np.array([num_bytes / c for c, _ in options])
+        streams = {}
+        for tier in self._tiers:
+            for way in ("out", "in"):
+                moved = np.where(_is(options, tier), self._copy_s(tier, way, local), 0.0)
+                streams[_STREAMS[tier, way]] = streams.get(_STREAMS[tier, way], 0.0) + moved
+        node = self._add(unit, options, np.zeros(len(options)), streams)
+        self._tie_sizes(tie, pieces, node, op, recomputed=True)
+        if tie is not op:
+            self._tie_sizes(op, None, node, op, recomputed=True)
+        self._unit_memory(unit, node, local)
+
+    def _add(self, member: fx.Node, options: list, costs: np.ndarray, streams: dict[str, np.ndarray]) -> PlaceNode:
+        index = self._pricer.builder.add_node(costs, {k: v for k, v in streams.items() if np.any(v)} or None)
+        node = self._nodes[member] = PlaceNode(index, member, options)
+        return node
+
+    def _tie_sizes(self, choice: Choice, pieces: np.ndarray | None, node: PlaceNode, op: Choice, *, recomputed: bool) -> None:
+        """An edge: the size class must be that of the chosen layout, and an op that runs again costs its seconds again."""
+        cost = np.zeros((len(choice.options), len(node.options)))
+        streams = None
+        if recomputed and choice is op:
+            cost += self._pricer.op_seconds[op.index][:, None] * _is(node.options, RECOMPUTE)[None, :]
+            streams = self._pricer.hidden_behind(cost)
+        if pieces is not None:
+            fits = pieces[:, None] == np.array([c for c, _ in node.options])[None, :]
+            cost = np.where(fits, cost, _FORBIDDEN)
+        if np.any(cost):
+            self._pricer.builder.add_edge(choice.index, node.index, cost, streams)
+
+    def _unit_memory(self, unit: fx.Node, node: PlaceNode, local: np.ndarray) -> None:
+        uses, order = self.uses, self._order
+        made, read = order[unit], order[uses.last_fwd[unit]] + 1
+        need = self._needed[unit]
+        end = max([order[op] + 1 for op in uses.later[unit]] + [self._needed_by_block[c] + 1 for c in uses.consumers[unit]], default=read)
+        end = min(end, self._end)
+        again = min(self._needed_by_block[unit], end)
+        self._use(node, DEVICE, made, max(read, end), local * _is(node.options, KEEP))
+        self._use(node, DEVICE, made, read, local * (_is(node.options, RECOMPUTE) | _is(node.options, DROP)))
+        self._use(node, DEVICE, again, end, local * _is(node.options, RECOMPUTE))
+        for tier in self._tiers:
+            chosen = local * _is(node.options, tier)
+            if not chosen.any():
+                continue
+            out = float(self._copy_s(tier, "out", local).max())
+            back = float(self._copy_s(tier, "in", local).max())
+            gone = max(read + 1, self._at(self._clock[read] + out))
+            start = min(need, max(self._at(self._clock[min(need, self._end)] - back), gone))
+            self._use(node, DEVICE, made, gone, chosen)
+            self._use(node, DEVICE, max(start, gone), end, chosen)
+            self._use(node, tier, made, end, chosen)
+
+    def _use(self, node: PlaceNode, pool: str, start: int, end: int, num_bytes: np.ndarray) -> None:
+        if end > start and num_bytes.any():
+            self._pricer.builder.add_usage(node.index, pool, start, end, num_bytes)
+
+    def _chain(self, unit: fx.Node) -> None:
+        """What a unit that is made again reads must be there."""
+        node = self._nodes[unit]
+        for producer in self.uses.producers[unit]:
+            other = self._nodes.get(producer)
+            if other is None:
+                continue
+            missing = _is(other.options, DROP)
+            if self.uses.segment[producer] != self.uses.segment[unit]:
+                missing = missing | _is(other.options, RECOMPUTE)
+            bad = missing[:, None] & _is(node.options, RECOMPUTE)[None, :]
+            if bad.any():
+                self._pricer.builder.add_edge(other.index, node.index, np.where(bad, _FORBIDDEN, 0.0))
+
+    # -- parameters and optimizer state -----------------------------------------------------------------------------------
+
+    def _state_places(self) -> list[StatePlace]:
+        out = [ON_DEVICE]
+        for tier in self._tiers:
+            out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
+        if HOST in self._tiers and self._cluster.device.kind != "cpu":
+            out.append(StatePlace(HOST, HOST, HOST))
+        return out
+
+    def _param(self, param: fx.Node, op: fx.Node) -> None:
+        """A parameter with its optimizer state."""
+        stored, update = self._graph.input_choice[param], self._graph.op_choice[op]
+        p_pieces = np.array([num_pieces(layout, self._graph.mesh) for layout in stored.options])
+        s_pieces = np.array([num_pieces(s.operands[0], self._graph.mesh) for s in update.options])
+        pairs = [(int(p), int(s)) for p in sorted(set(p_pieces.tolist())) for s in sorted(set(s_pieces.tolist()))]
+        # The CPU updates a parameter where it is stored, so in the layout it is stored in.
+        places = self._state_places()
+        options = [(p * (1 << 20) + s, place) for p, s in pairs for place in places if place.update == DEVICE or p == s]
+        num_elements = param.meta["val"].numel()
+        p_bytes = num_elements * param.meta["val"].element_size() / np.array([c >> 20 for c, _ in options])
+        share = np.array([c & ((1 << 20) - 1) for c, _ in options])
+        s_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in tensor_args(op)[2:]) / share
+        early = op in self.due
+        streams = self._state_streams(options, p_bytes, s_bytes, num_elements / share, early)
+        node = self._add(param, options, np.zeros(len(options)), streams)
+        for choice, pieces, shift in ((stored, p_pieces, 20), (update, s_pieces, 0)):
+            fits = pieces[:, None] == ((np.array([c for c, _ in options]) >> shift) & ((1 << 20) - 1))[None, :]
+            cost = np.where(fits, 0.0, _FORBIDDEN)
+            if choice is update:
+                saved = self._pricer.op_seconds[update.index][:, None] * np.array([pl.update == HOST for _, pl in options])[None, :]
+                cost = cost - saved
+            if np.any(cost):
+                self._pricer.builder.add_edge(choice.index, node.index, cost)
+        self._state_memory(param, op, node, p_bytes, s_bytes)
+
+    def _state_streams(
+        self, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray, early: bool
+    ) -> dict[str, np.ndarray]:
+        """Seconds per stream and option: parameters come in for the forward and the backward pass, and once more for a late update."""
+        streams: dict[str, np.ndarray] = {}
+
+        def add(name: str, seconds: np.ndarray) -> None:
+            streams[name] = streams.get(name, 0.0) + seconds
+
+        for tier in self._tiers:
+            p_off = np.array([pl.param == tier for _, pl in options])
+            s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
+            on_cpu = np.array([pl.update == tier for _, pl in options])
+            fetches = 2 + (0 if early else 1)
+            add(_STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (2 * on_cpu + fetches * ~on_cpu))
+            add(_STREAMS[tier, "in"], self._copy_s(tier, "in", s_bytes * s_off))
+            add(_STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off) + self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
+            add(_STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * on_cpu))  # the gradient
+            if on_cpu.any():
+                add(CPU, np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0))
+        return streams
+
+    def _state_memory(self, param: fx.Node, op: fx.Node, node: PlaceNode, p_bytes: np.ndarray, s_bytes: np.ndarray) -> None:
+        places = [place for _, place in node.options]
+        at = self.due.get(op, self._end - 1)
+        self._use(node, DEVICE, 0, self._end, p_bytes * [pl.param == DEVICE for pl in places])
+        self._use(node, DEVICE, 0, self._end, s_bytes * [pl.state == DEVICE for pl in places])
+        self._use(node, DEVICE, at, at + 1, s_bytes * [pl.state != DEVICE and pl.update == DEVICE for pl in places])
+        for tier in self._tiers:
+            p_off = p_bytes * [pl.param == tier for pl in places]
+            s_off = s_bytes * [pl.state == tier for pl in places]
+            self._use(node, tier, 0, self._end, p_off + s_off)
+            back = float(self._copy_s(tier, "in", p_bytes).max())
+            for start, end in self._windows(param, at):
+                self._use(node, DEVICE, min(start, self._at(self._clock[start] - back)), end, p_off)
+
+    def _windows(self, param: fx.Node, update_at: int) -> list[tuple[int, int]]:
+        """Positions between which a parameter is there, per phase: forward, backward with an early update, late update."""
+        out = []
+        users = self.uses.readers_of_inputs.get(param, [])
+        for phase in ("fwd", "bwd"):
+            at = [self._order[op] for op in users if op.meta["op"].phase == phase]
+            if at:
+                end = max(at) + 1
+                if phase == "bwd" and update_at < self._end - 1:
+                    end = max(end, update_at + 1)
+                out.append((min(at), end))
+        if update_at >= self._end - 1:
+            out.append((self._end - 1, self._end))
+        return out
+
+
+def _is(options: Sequence[tuple[int, object]], place: str) -> np.ndarray:
+    """bool[options]: those of a place."""
+    return np.array([p == place for _, p in options])

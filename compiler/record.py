@@ -1,0 +1,184 @@
+"""A solved candidate as a plan: decisions, predictions, and the report a person reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx
+
+from ..cost_model.cluster import Cluster
+from ..runtime.memory import MemoryReport
+from .analyse import Analysis
+from .choices import ChoiceGraph
+from .layout import num_pieces
+from .lower import Assignment
+from .lower_updates import UPDATE
+from .naming import module_rows, usual_names
+from .plan import Decision, Plan, decisions_of, fingerprint, to_assignment
+from .pricing import SIDE, PricedProblem
+from .residency import DEVICE, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
+from .rule import tensor_args
+from .rule_table import op_name
+
+if TYPE_CHECKING:
+    from .solver import Solution
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One mesh with its solved problem. with_places: whether it also chose where tensors live."""
+
+    mesh: tuple[int, ...]
+    priced: PricedProblem
+    solution: Solution
+    with_places: bool = False
+
+    def assignment(self) -> Assignment:
+        """What lowering needs."""
+        selection = [int(i) for i in self.solution.selection]
+        out = to_assignment(self.priced.graph, selection[: len(self.priced.graph.choices)])
+        out.early_updates = self.with_places
+        for node in self.priced.places:
+            _, place = node.options[selection[node.index]]
+            if isinstance(place, StatePlace):
+                if place != ON_DEVICE:
+                    out.state[node.member] = place if updatable(out, node.member, place) else replace(place, update=DEVICE)
+            elif place != KEEP:
+                # What nobody asks for again is made again for nobody.
+                out.residency[node.member] = place if place in self.tiers else RECOMPUTE
+        return out
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Pools beside the device's."""
+        return tuple(pool for pool in self.priced.problem.pools if pool != DEVICE)
+
+
+def updatable(assignment: Assignment, param: fx.Node, place: StatePlace) -> bool:
+    """Whether a parameter can be updated as the place says: the CPU needs it in the very layout in which it is stored."""
+    update = next(user for user in param.users if op_name(user) == UPDATE)
+    return place.update == DEVICE or assignment.ops[update].operands[0] == assignment.inputs[param]
+
+
+def record(
+    analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float],
+    memory: MemoryReport,
+) -> Plan:  # fmt: skip
+    """The plan of a candidate. found: what else was considered. memory: its program's, from the dry run."""
+    graph, solution, priced = best.priced.graph, best.solution, best.priced
+    selection = [int(i) for i in solution.selection[: len(graph.choices)]]
+    names, counts = usual_names(graph, selection)
+    decisions = decisions_of(graph, selection, priced.op_seconds, names)
+    assignment = best.assignment()
+    step = analysis.step
+    return Plan(
+        model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
+        cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
+        mesh=best.mesh, decisions=decisions + place_decisions(assignment), predicted=_predicted(priced, solution, memory),
+        solver={
+            "objective_s": float(solution.objective),
+            "lower_bound_s": float(solution.lower_bound),
+            "gap": float(solution.gap),
+            "status": solution.status,
+            "num_nodes": priced.problem.num_nodes,
+            "num_edges": priced.problem.num_edges,
+        },
+        planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
+        replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
+        candidates=[{"mesh": list(c.mesh), "objective_s": float(c.solution.objective), "gap": float(c.solution.gap)} for c in found],
+        early_updates=assignment.early_updates, residency=residency_summary(analysis, assignment),
+        state=state_summary(analysis, assignment),
+    )  # fmt: skip
+
+
+def num_parameters(graph: ChoiceGraph) -> int:
+    """Elements of all parameters."""
+    placeholders = (n for n in graph.step.graph.nodes if n.op == "placeholder")
+    return sum(int(n.meta["val"].numel()) for n, i in zip(placeholders, graph.step.inputs, strict=True) if i.kind == "param")
+
+
+def place_decisions(assignment: Assignment) -> list[Decision]:
+    """Residency and state as plan entries; those alike in one entry."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for node, place in assignment.residency.items():
+        alike.setdefault(("residency", place), []).append(node.name)
+    for node, where in assignment.state.items():
+        alike.setdefault(("state", where.text), []).append(node.name)
+    return [Decision(kind=kind, nodes=tuple(nodes), codes=(), text=text) for (kind, text), nodes in alike.items()]
+
+
+def residency_summary(analysis: Analysis, assignment: Assignment) -> dict[str, dict[str, int]]:
+    """What becomes of the forward pass's results that the backward pass could read: count and local bytes per choice."""
+    uses, count, size = Uses(analysis.step), Counter[str](), Counter[str]()
+    again = _made_again(uses, assignment)
+    for unit in uses.units:
+        place = assignment.residency.get(unit, KEEP)
+        if place == KEEP and not uses.later[unit]:
+            continue
+        name = {"host": "offload_host", "disk": "offload_disk"}.get(place, place)
+        if place == RECOMPUTE and unit not in again:
+            name = "drop"
+        count[name] += 1
+        for value in results(unit):
+            strategy = assignment.ops[unit]
+            index = value.args[1] if value is not unit else 0
+            layout = assignment.kept.get(value) or strategy.results[index]  # type: ignore[index]
+            val = value.meta["val"]
+            size[name] += val.numel() * val.element_size() // num_pieces(layout, assignment.mesh)  # type: ignore[arg-type]
+    names = ("keep", "offload_host", "offload_disk", "recompute", "drop")
+    return {name: {"count": count[name], "bytes": int(size[name])} for name in names}
+
+
+def _made_again(uses: Uses, assignment: Assignment) -> set[Any]:
+    """Units that are run a second time: asked for behind the forward pass, or by another that is."""
+    again: set[Any] = set()
+    for unit in reversed(uses.units):
+        if assignment.residency.get(unit) == RECOMPUTE and (uses.later[unit] or any(c in again for c in uses.consumers[unit])):
+            again.add(unit)
+    return again
+
+
+def state_summary(analysis: Analysis, assignment: Assignment) -> dict[str, dict[str, int]]:
+    """Local bytes of parameters and their optimizer state per place (see `StatePlace.text`)."""
+    out: dict[str, dict[str, int]] = {}
+    for param, op in Uses(analysis.step).parameters():
+        row = out.setdefault(assignment.state.get(param, ON_DEVICE).text, {"count": 0, "bytes": 0})
+        row["count"] += 1
+        operands = [(param, assignment.inputs[param]), *_state_layouts(op, assignment)]
+        row["bytes"] += sum(v.meta["val"].numel() * v.meta["val"].element_size() // num_pieces(a, assignment.mesh) for v, a in operands)
+    return out
+
+
+def _state_layouts(op: Any, assignment: Assignment) -> list[tuple[Any, Any]]:
+    return list(zip(tensor_args(op)[2:], assignment.ops[op].operands[2:], strict=True))
+
+
+def _predicted(priced: PricedProblem, solution: Solution, memory: MemoryReport) -> dict[str, Any]:
+    evaluation = priced.problem.evaluate(solution.selection)
+    compute = sum(
+        float(priced.op_seconds[c.index][int(i)]) * len(c.members)
+        for c, i in zip(priced.graph.choices, solution.selection, strict=False)
+        if c.kind == "op"
+    )
+    side = 0.0
+    if SIDE in priced.problem.streams:
+        edges = priced.problem.edge_stream[priced.problem.streams.index(SIDE)]
+        side = _chosen_edges(priced, solution, edges)
+    critical = evaluation.node_cost + evaluation.edge_cost
+    return {
+        "step_time_s": evaluation.objective,
+        "streams": {"compute": compute, "collectives": critical - compute + side},
+        "peak_bytes": dict(memory.pools),
+        "peak_at": memory.at,
+        "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
+    }
+
+
+def _chosen_edges(priced: PricedProblem, solution: Solution, values: np.ndarray) -> float:
+    problem, x = priced.problem, np.asarray(solution.selection, dtype=np.int64)
+    widths = problem.num_strategies[problem.edges[:, 1]].astype(np.int64)
+    at = problem.edge_offsets()[:-1] + x[problem.edges[:, 0]] * widths + x[problem.edges[:, 1]]
+    return float(values[at].sum())

@@ -1,0 +1,158 @@
+"""Residency: what becomes, between forward and backward, of each tensor the forward pass makes, and where state lives.
+
+A *unit* is a forward op that makes memory of its own (views are made again where they are needed, see `views`). Its results, once the
+forward pass no longer reads them, are
+
+- kept on the device ("keep");
+- copied to a slower tier and fetched back in time ("host", "disk"); results below `SMALL_BYTES` stay, a copy would cost more than it frees;
+- thrown away ("recompute"), and made again by running the op a second time when the backward pass asks for them. Its operands must then be
+  there: kept, fetched, or made again themselves. Where nobody asks, nothing is made again: the result was dropped.
+
+`Uses` knows, from the graph alone, who reads what and when; `pricing` turns that into intervals and seconds, `lower` into a program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import fx
+
+from .factors import is_getitem, result_values
+from .rule import tensor_args
+from .rule_table import op_name
+from .step_graph import StepGraph
+from .views import aliased_operand
+
+DEVICE, HOST, DISK = "device", "host", "disk"
+KEEP, RECOMPUTE = "keep", "recompute"
+SMALL_BYTES = 1 << 12
+
+_UPDATE = "opweave::update.default"
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where a parameter and its optimizer state live between uses, and who updates them ("device", or "host": the CPU)."""
+
+    param: str = DEVICE
+    state: str = DEVICE
+    update: str = DEVICE
+
+    @property
+    def text(self) -> str:
+        """As in plans: "param device, state host, update host"."""
+        return f"param {self.param}, state {self.state}, update {self.update}"
+
+    @classmethod
+    def parse(cls, text: str) -> StatePlace:
+        """The inverse of `text`. Raises ValueError."""
+        found = re.fullmatch(r"param (device|host|disk), state (device|host|disk), update (device|host)", text)
+        if found is None:
+            raise ValueError(f"{text!r} is no place of a parameter; one reads {StatePlace().text!r}")
+        return cls(*found.groups())
+
+
+ON_DEVICE = StatePlace()
+
+
+@dataclass
+class Uses:
+    """Who reads what in a step. All dicts are keyed by unit (a forward op that makes memory)."""
+
+    step: StepGraph
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    units: list[fx.Node] = field(default_factory=list)
+    # units whose results a unit reads, through views too
+    producers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    consumers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    # the last forward op that reads a result
+    last_fwd: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    # ops behind the forward pass that read a result, in order
+    later: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    # units with results that leave the step: always kept
+    outputs: set[fx.Node] = field(default_factory=set)
+    # placeholder → ops that read it, through views too; updates do not count
+    readers_of_inputs: dict[fx.Node, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.order = {node: i for i, node in enumerate(self.step.graph.nodes)}
+        for node in self.step.ops:
+            if is_getitem(node):
+                continue
+            if op_name(node) != _UPDATE:
+                for root in {unit_of(arg) for arg in tensor_args(node)}:
+                    if root.op == "placeholder":
+                        self.readers_of_inputs[root].append(node)
+            if node.meta["op"].phase == "fwd":
+                self._forward(node)
+            else:
+                for unit in self._read(node):
+                    self.later[unit].append(node)
+        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        for value in out.args[0]:
+            made = unit_of(value) if isinstance(value, fx.Node) else None
+            if made in self.producers:
+                self.outputs.add(made)  # type: ignore[arg-type]
+
+    def _forward(self, node: fx.Node) -> None:
+        read = self._read(node)
+        for unit in read:
+            self.last_fwd[unit] = node
+        if aliased_operand(node) is not None:
+            return
+        self.units.append(node)
+        self.producers[node], self.consumers[node], self.later[node] = read, [], []
+        self.last_fwd[node] = node
+        for unit in read:
+            self.consumers[unit].append(node)
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        made = (unit_of(arg) for arg in tensor_args(node))
+        return list(dict.fromkeys(unit for unit in made if unit in self.producers))  # type: ignore[misc]
+
+    @cached_property
+    def segment(self) -> dict[fx.Node, int]:
+        """The repeated block a unit belongs to, as a running number: what is made again is made again within its segment."""
+        out: dict[fx.Node, int] = {}
+        number, last = -1, None
+        for unit in self.units:
+            block = _outer_block(unit.meta["op"].path)
+            if block != last:
+                number, last = number + 1, block
+            out[unit] = number
+        return out
+
+    def parameters(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """(placeholder, update op) of every parameter that is trained."""
+        for node in self.step.ops:
+            if op_name(node) == _UPDATE:
+                yield tensor_args(node)[0], node
+
+
+def _outer_block(path: str) -> str:
+    """"model.layers.3.mlp.experts.5.w1" is in the block "model.layers.3": the first numbered module."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ""
+
+
+def unit_of(value: fx.Node) -> fx.Node:
+    """The op or placeholder that made the memory of a value."""
+    while value.op == "call_function":
+        maker: fx.Node = value.args[0] if is_getitem(value) else value  # type: ignore[assignment]
+        alias = aliased_operand(maker)
+        if alias is None:
+            return maker
+        value = alias
+    return value
+
+
+def results(unit: fx.Node) -> list[fx.Node]:
+    """The values a unit makes that somebody reads."""
+    return [value for value in result_values(unit) if value is not None]
