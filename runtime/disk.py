@@ -172,8 +172,9 @@ class DiskFile:
         )
 
     def close(self) -> None:
-        """Free the space on the disk."""
+        """Free the space on the disk. Later copies raise TierError."""
         self._close()
+        self.fd = -1  # the number may be another file's soon
 
 
 _OTHER_FOLDER = "Another folder is chosen with TierOptions(disk_path=...)."

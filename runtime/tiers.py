@@ -436,8 +436,10 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a dense CPU tensor, in the order of its memory; valid while the tensor lives."""
+    """The bytes of a dense CPU tensor, in the order of its memory. Keeps the tensor alive."""
     num_bytes = tensor.numel() * tensor.element_size()
     if num_bytes == 0:
         return memoryview(b"")
-    return memoryview((ctypes.c_char * num_bytes).from_address(tensor.data_ptr())).cast("B")
+    array = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")

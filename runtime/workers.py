@@ -6,8 +6,10 @@ something that cannot run: there is no deadlock, however queues wait for each ot
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -32,7 +34,8 @@ class Work:
         """Return when it is done. Raises what it raised."""
         self._done.wait()
         if self._error is not None:
-            raise self._error
+            # Not itself: with the frames it is raised through it would keep alive whatever they hold, this work included.
+            raise copy.copy(self._error) from self._error
 
     def carry_out(self) -> None:
         """Do it now, on this thread. Raises nothing: `wait` does."""
@@ -42,10 +45,19 @@ class Work:
                 other._done.wait()  # its error is its own waiter's
             self._run()
         except BaseException as error:
-            # Without the frames: they would keep tensors alive.
-            self._error = error.with_traceback(None)
+            self._error = _without_frames(error)
         self._run, self._after = None, ()
         self._done.set()
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """An error whose traceback is text: frames would keep tensors alive."""
+    error.add_note("in a thread:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    part: BaseException | None = error
+    while part is not None:
+        part.__traceback__ = None
+        part = part.__cause__ or part.__context__
+    return error
 
 
 class Workers:
