@@ -18,6 +18,7 @@ from torch import fx
 
 from ..runtime import collectives
 from ..runtime import ops as runtime_ops
+from ..runtime.batch_norm import channel_moments
 from .rule import argument_names
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def _per_channel(e: Emitter, x: Any, rank: int) -> Any:
 
 
 def batch_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
-    """Statistics of each device's part in one pass, one exchange of them, and the fused kernel that applies statistics it is given."""
+    """Statistics of each device's part, one exchange of them, and the fused kernel that applies statistics it is given."""
     axes = cut.operand_axes(0, 0)
     if not axes:
         return plain(e, cut, args, kwargs)
@@ -337,9 +338,7 @@ def batch_norm(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     whole, pieces = cut.operand_whole(0), math.prod(cut.mesh[axis] for axis in axes)
     count, eps = torch.Size(whole).numel() // whole[1], cut.argument("eps")
     compute = torch.promote_types(cut.operand_dtype(0), torch.float32)
-    exact = e.op(aten._to_copy.default, x, dtype=compute) if compute != cut.operand_dtype(0) else x
-    own = e.op(aten.var_mean.correction, exact, [0, *range(2, len(whole))], correction=0)
-    own = e.op(aten.stack.default, [e.op(operator.getitem, own, 1), e.op(operator.getitem, own, 0)])
+    own = e.op(channel_moments, x, compute)
     every = e.wait(e.start(collectives.all_gather, own, axes, 0, 1))
     every = e.op(aten.view.default, every, [pieces, 2, -1])
     means, variances = e.op(aten.select.int, every, 1, 0), e.op(aten.select.int, every, 1, 1)
