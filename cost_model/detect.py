@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,31 +224,43 @@ def _measure_all_reduce(data: dict[str, Any]) -> dict[str, Any]:
     if n == 1:
         return data["intra_node"]
     where = "cuda" if data["device"]["kind"] == "cuda" and dist.get_backend() == "nccl" else "cpu"
-    seconds = []
-    for elements in (256, 1 << 20):
-        tensor = torch.zeros(elements, device=where)
-        seconds.append(_fixed_runs(tensor, 15))
-    num_bytes = 4 * ((1 << 20) - 256)
-    rate = 2 * (n - 1) / n * num_bytes / max(seconds[1] - seconds[0], 1e-9)
-    hop = seconds[0] / (2 * (n - 1)) / 2
-    return {"latency_s": hop, "start_s": seconds[0] / 2, "bandwidth_bytes_per_s": max(rate, 1e6)}
+    tensors = [torch.zeros(elements, device=where) for elements in (256, 1 << 20)]
+    return all_reduce_link(n, [t.nbytes for t in tensors], _fixed_runs(tensors, 15))
 
 
-def _fixed_runs(tensor: torch.Tensor, runs: int) -> float:
-    """Typical seconds of a fixed number of all_reduces (the number must not depend on a clock: ranks would disagree).
+def all_reduce_link(n: int, num_bytes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+    """Latency and rate of a ring of n devices from the seconds of a small and a large all_reduce.
 
-    Each comes after a piece of computation, as in a step: in a tight loop both ranks are awake and in step, which flatters the link.
+    On a busy machine the small one may have taken as long as the large one, or longer. At least half of the large one's time counts as
+    sending, so that the rate is at most twice what was seen.
     """
-    work = torch.ones(256, 256, device=tensor.device)
-    seconds = []
+    sending = max(seconds[1] - seconds[0], seconds[1] / 2)
+    start = min(seconds[0], seconds[1] / 2)
+    rate = 2 * (n - 1) / n * (num_bytes[1] - num_bytes[0]) / sending
+    return {"latency_s": start / (2 * (n - 1)) / 2, "start_s": start / 2, "bandwidth_bytes_per_s": max(rate, 1e6)}
+
+
+def _fixed_runs(tensors: Sequence[torch.Tensor], runs: int) -> list[float]:
+    """Typical seconds of a fixed number of all_reduces of each tensor (the number must not depend on a clock: ranks would disagree).
+
+    The tensors take turns, so that what else the machine does meets all alike. Each all_reduce comes after a piece of computation, as in
+    a step: in a tight loop both ranks are awake and in step, which flatters the link.
+    """
+    work = torch.ones(256, 256, device=tensors[0].device)
+    seconds: list[list[float]] = [[] for _ in tensors]
     for _ in range(runs):
-        for _ in range(3):
-            work = work @ work * 1e-3
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        dist.all_reduce(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)[runs // 4]  # the lower quartile: other work on the machine only ever adds
+        for tensor, times in zip(tensors, seconds, strict=True):
+            for _ in range(3):
+                work = work @ work * 1e-3
+            times.append(_timed(lambda tensor=tensor: dist.all_reduce(tensor), tensor.is_cuda))  # type: ignore[misc]
+    return [sorted(times)[runs // 4] for times in seconds]  # the lower quartile: other work on the machine only ever adds
+
+
+def _timed(run: Callable[[], Any], is_cuda: bool) -> float:
+    if is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
