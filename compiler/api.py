@@ -41,7 +41,8 @@ def compile(
     autocast: torch.dtype | None = None,
     mesh: tuple[int, ...] | None = None,
     force: str | None = None,
-    memory_limit: float | None = None,
+    memory_limit: Any = None,
+    disk_path: str | os.PathLike[str] | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -52,7 +53,9 @@ def compile(
     cluster: a Cluster, the name of a preset or a file (default: this machine, one device per rank). optimizer: torch's SGD, Adam or
     AdamW. loss_fn(model, batch): the loss, or (loss, extras...); default: the model's own. clip_grad_norm: max_norm. autocast: dtype of the
     forward pass. mesh: devices per mesh axis (default: the planner chooses). force: an expert's recipe ("ddp", "zero3", "megatron",
-    ...; see `compiler.force`). memory_limit: bytes per device. plan: run this plan (or the one in this file) instead of making one.
+    ...; see `compiler.force`). memory_limit: bytes per device, or per pool: "device=4GiB,host=32GiB,disk=100GiB" (see `compiler.limits`).
+    disk_path: folder for what the plan puts on disk (default: the system's temporary one). plan: run this plan (or the one in this file)
+    instead of making one.
     seed: of dropout. keep_model: the model's own tensors stay as they are until `to_model()`; with False the step takes them over,
     which saves a copy of the parameters: those a rank holds whole train in place, the others are empty until `to_model()`.
 
@@ -61,7 +64,8 @@ def compile(
     loaded = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
     options = StepOptions(
         loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast, mesh=mesh, force=force,
-        memory_limit=memory_limit, plan=loaded, seed=seed, device=device, cluster_given=cluster is not None, keep_model=keep_model,
+        memory_limit=memory_limit, disk_path=disk_path, plan=loaded, seed=seed, device=device, cluster_given=cluster is not None,
+        keep_model=keep_model,
     )  # fmt: skip
     return TrainingStep(model, resolve_cluster(cluster), options, _make)
 
@@ -77,7 +81,7 @@ def plan(
     autocast: torch.dtype | None = None,
     mesh: tuple[int, ...] | None = None,
     force: str | None = None,
-    memory_limit: float | None = None,
+    memory_limit: Any = None,
     time_limit_s: float = 60.0,
 ) -> Plan:
     """Plan without running: no GPU and no process group, and a model on the meta device is enough. Arguments as for `compile`."""

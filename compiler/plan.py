@@ -103,6 +103,7 @@ class Plan:
     modules: list[dict[str, Any]] = field(default_factory=list)
     force: str | None = None
     early_updates: bool = False
+    limits: dict[str, float] = field(default_factory=dict)
     residency: dict[str, dict[str, int]] = field(default_factory=dict)
     state: dict[str, dict[str, int]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)

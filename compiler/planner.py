@@ -64,6 +64,7 @@ def plan_step(
     search = _Search(analysis, cluster, force, limits, time_limit_s)
     best, memory = search.run(meshes)
     plan = record(analysis, cluster, best, search.found, force, search.times, memory)
+    plan.limits = limits
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
     plan.planning_time_s["capture"] = capture_s
     return plan

@@ -18,9 +18,11 @@ from ..runtime.execute import Executor
 from ..runtime.groups import AxisGroups
 from ..runtime.program import LocalProgram, shard_inputs
 from ..runtime.state import ProgramState
+from ..runtime.tiers import TierOptions
 from ..torch_compat import mark_stepped
 from .analyse import Analysis
 from .capture_tree import batch_constants, batch_tensors
+from .limits import memory_limits
 from .lower import lower
 from .plan import Plan, fingerprint
 
@@ -35,7 +37,8 @@ class StepOptions:
     autocast: torch.dtype | None = None
     mesh: tuple[int, ...] | None = None
     force: str | None = None
-    memory_limit: float | None = None
+    memory_limit: Any = None
+    disk_path: str | os.PathLike[str] | None = None
     plan: Plan | None = None
     seed: int = 0
     device: str | None = None
@@ -94,11 +97,12 @@ class TrainingStep:
         o = self.options
         shared = (o.mesh, o.force, o.memory_limit, o.clip_grad_norm, o.autocast, o.seed)
         groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step), "options": repr(shared)})
-        limit = self.options.memory_limit
-        self.executor = Executor(self.program, groups, device, optimizer, limit_bytes=None if limit is None else int(limit))
+        limits = None if o.memory_limit is None else {p: int(n) for p, n in memory_limits(o.memory_limit, self.cluster).items()}
+        tiers = TierOptions(disk_path=o.disk_path)
+        self.executor = Executor(self.program, groups, device, optimizer, limit_bytes=limits, tiers=tiers)
         keep = self.options.keep_model
         self.executor.state = ProgramState.from_model(
-            self.program, self.model, groups.coords, device=device, optimizer=optimizer, share=not keep
+            self.program, self.model, groups.coords, device=device, optimizer=optimizer, share=not keep, store=self.executor.store
         )
         if not keep:
             self.executor.state.release_model(self.model)
