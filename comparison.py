@@ -20,6 +20,7 @@ from .compiler.timeline import timeline
 from .compiler.training_step import TrainingStep
 from .cost_model.cluster import Cluster
 from .cost_model.simulate import Instruction
+from .host_memory import keep_freed_memory
 from .runtime import collectives
 from .runtime.execute import gather_inputs, store_outputs, write
 from .runtime.program import shard_inputs
@@ -48,6 +49,7 @@ class Profile:
 
 def run_profile(step: TrainingStep, batch: Any, *, steps: int = 10) -> Profile:
     """Train `steps` steps for the step time, then a few with a clock at every instruction. All ranks call it."""
+    keep_freed_memory()
     step(batch)
     step(batch)
     times = []

@@ -21,7 +21,8 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.collectives import collective_seconds
 from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
-from ..cost_model.work import NO_WORK, Work, op_work
+from ..cost_model.work import NO_WORK, Work, class_of, op_work
+from ..cost_model.work import op_class as work_class
 from ..runtime import collectives, update
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..torch_compat import FakeTensorMode, OpOverload
@@ -162,6 +163,23 @@ def _storages(value: Any) -> dict[int, int]:
     return {StorageWeakRef(t.untyped_storage()).cdata: t.untyped_storage().nbytes() for t in _tensors(value)}
 
 
+def _results(value: Any) -> list[torch.Tensor | None]:
+    """The results of an op, None for those that are not computed."""
+    if isinstance(value, list | tuple) and all(part is None or isinstance(part, torch.Tensor) for part in value):
+        return list(value)
+    return list(_tensors(value))
+
+
+def _kernel(node: fx.Node, operands: list[torch.Tensor]) -> str:
+    """What runs for a node that makes new memory. Copies go in rows, or element by element where rows lie apart ("contiguous")."""
+    if not isinstance(node.target, OpOverload):
+        return "clone"
+    name = op_name(node)
+    if work_class(name) == "view" or name == "aten.clone.default":
+        return "clone" if not operands or operands[0].dim() == 0 or operands[0].stride(-1) <= 1 else "contiguous"
+    return name
+
+
 class _Writer:
     def __init__(self, program: LocalProgram, cluster: Cluster, values: dict[fx.Node, Any]) -> None:
         self.program, self.cluster, self.values = program, cluster, values
@@ -232,9 +250,9 @@ class _Writer:
             kind = target.__name__.removesuffix("_bucket")
             return COLLECTIVES, self._collective_seconds(kind, node), kind
         if target is collectives.wait:
-            return COMPUTE, 0.0, "wait"
+            return COMPUTE, self._copy_seconds(self._rearranged(node.args[0])[1]), "wait"
         works, dtype = self._works(node)
-        return COMPUTE, sum(work_seconds(work, self.cluster.device, dtype) for work in works), works[0].op_class
+        return COMPUTE, sum(work_seconds(work, self.cluster.device, dtype) for work in works), class_of(works[0].op_class)
 
     def _collective_seconds(self, kind: str, node: fx.Node) -> float:
         axes: Any = node.args[1]
@@ -242,7 +260,33 @@ class _Writer:
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
         whole = _num_bytes(self.values[node].held) * (n if kind in ("all_gather", "all_to_all") else 1)
-        return collective_seconds(kind, whole, n, self.links[axes])
+        return collective_seconds(kind, whole, n, self.links[axes]) + self._copy_seconds(self._rearranged(node)[0])
+
+    def _copy_seconds(self, num_bytes: int) -> float:
+        work = op_work("clone", [(num_bytes,)], [(num_bytes,)], (), 1, 1)
+        return work_seconds(work, self.cluster.device) if num_bytes else 0.0
+
+    def _rearranged(self, node: Any) -> tuple[int, int]:
+        """Bytes that a collective copies before it sends and after it has received.
+
+        Small tensors of a bucket are packed; a cut that is not of the first dim has to be brought into pieces, and back.
+        """
+        name = node.target.__name__
+        kind, bucket = name.removesuffix("_bucket"), name.endswith("_bucket")
+        tensors = _tensors(fx.map_arg(node.args[0], lambda n: self.values[n]))
+        grown = _num_bytes(_tensors(self.values[node].result)) / max(1, _num_bytes(tensors))
+        wire = collectives.DirectTransport if self.cluster.device.kind == "cpu" else collectives.NativeTransport
+        before = after = 0.0
+        for i, x in enumerate(tensors):
+            num_bytes = _num_bytes([x])
+            cuts = [(d[i], o[i]) if bucket else (d, o) for d, o in zip(node.args[2:-1:2], node.args[3::2], strict=False)]
+            apart = [math.prod(x.shape[:dim]) * outer > 1 for dim, outer in cuts] if kind != "all_reduce" else [False]
+            if bucket and num_bytes < wire.SOLO_BYTES:
+                before += num_bytes
+                after += num_bytes * grown if kind == "all_gather" else 0
+            before += num_bytes if kind in ("reduce_scatter", "all_to_all") and apart[0] else 0
+            after += num_bytes * grown if kind in ("all_gather", "all_to_all") and apart[-1] else 0
+        return int(before), int(after)
 
     def _works(self, node: fx.Node) -> tuple[list[Work], str]:
         """What a node does, and in which dtype. An update goes through its parameters one by one."""
@@ -256,10 +300,10 @@ class _Writer:
         if made and all(s in self._used_storages(node) for s in self.storages[node]):
             return [NO_WORK], "float32"
         plain = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, fx.Node)]
-        name = op_name(node) if isinstance(node.target, OpOverload) else "clone"
+        results = _results(self.values[node])
         work = op_work(
-            name, [tuple(t.shape) for t in used], [tuple(t.shape) for t in made], plain,
-            [t.element_size() for t in used], [t.element_size() for t in made],
+            _kernel(node, used), [tuple(t.shape) for t in used], [None if t is None else tuple(t.shape) for t in results], plain,
+            [t.element_size() for t in used], [0 if t is None else t.element_size() for t in results],
         )  # fmt: skip
         return [work], str((made or used)[0].dtype).removeprefix("torch.") if made or used else "float32"
 

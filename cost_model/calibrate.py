@@ -1,10 +1,11 @@
 """Calibration: measure this machine (all ranks of the job together), fit the price curves, write a cluster file.
 
 The order is fixed and the same on all ranks: ops, copies, disk, collectives per group, overlap. Ranks time ops at the same moment, as
-in a step, where they share memory bandwidth; their times are averaged. Finished samples are kept in FILE.partial, and a calibration
-that was interrupted goes on from there; FILE itself is replaced only by a complete result.
+in a step, where they share memory bandwidth; their times are averaged. Where there are more ranks than cores, they take turns: the
+processor time of an op is multiplied by that. Finished samples are kept in FILE.partial, and a calibration that was interrupted goes on
+from there; FILE itself is replaced only by a complete result.
 
-Collectives are the runtime's, handed in as `Communication` (this folder does not know the runtime).
+Collectives are the runtime's, handed in as `Communication`, and so is its update (this folder does not know the runtime).
 """
 
 from __future__ import annotations
@@ -66,12 +67,14 @@ def calibrate(
     output: str | os.PathLike[str] | None = None,
     *,
     connect: Connect | None = None,
+    update: measure.UpdateFunction = measure.plain_update,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Cluster:
     """Measure and fit; rank 0 writes `output`. All ranks of a job call it and get the same cluster.
 
-    connect: the runtime's collectives, needed with several ranks. Raises ClusterError where what was measured cannot be.
+    connect: the runtime's collectives, needed with several ranks. update: how the runtime updates parameters. Raises ClusterError where
+    what was measured cannot be.
     """
     options = options or Options()
     if world() > 1 and connect is None:
@@ -83,7 +86,7 @@ def calibrate(
     dtypes = [str(dtype) for dtype in options.dtypes]
     key = {"machine": machine(), "versions": versions(), "ranks": world(), "quick": options.quick, "dtypes": dtypes}
     journal = Journal(None if path is None else path.with_name(path.name + ".partial"), key)
-    steps = _steps(start, device, options, connect)
+    steps = _steps(start, device, options, connect, update)
     try:
         for done, (name, run) in enumerate(steps):
             if progress and rank() == 0:
@@ -98,29 +101,39 @@ def calibrate(
     return cluster
 
 
-def _steps(start: Cluster, device: torch.device, options: Options, connect: Connect | None) -> list[Step]:
+def _steps(
+    start: Cluster, device: torch.device, options: Options, connect: Connect | None, update: measure.UpdateFunction = measure.plain_update
+) -> list[Step]:
     """Everything to measure, in order: (name, what measures it). The same list on every rank."""
     scale = 4 if device.type == "cuda" else 1
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
-    steps: list[Step] = [(f"op {row.name}", partial(op_sample, row, device, options.budget_s)) for row in rows]
+    steps: list[Step] = [("turns", partial(_turns_sample, device))]
+    steps += [(f"op {row.name}", partial(op_sample, row, device, options.budget_s, update)) for row in rows]
     steps.append(("views", partial(_view_sample, options.budget_s)))
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
         steps.append((f"copy {direction}", partial(_copy_sample, direction, device, sizes, options.budget_s)))
     steps.append(("disk", partial(_disk_sample, options.folder, quick=options.quick)))
     if device.type == "cuda":
-        steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2)))
+        steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2, update)))
     if connect is not None:
         steps += _collective_steps(start, device, options, connect)
     return steps
 
 
-def op_sample(row: measure.Row, device: torch.device, budget_s: float) -> Any:
+def op_sample(row: measure.Row, device: torch.device, budget_s: float, update: measure.UpdateFunction = measure.plain_update) -> Any:
     barrier()
-    timing = measure.measure(row, device, budget_s=budget_s)
+    timing = measure.measure(row, device, budget_s=budget_s, update=update)
     seconds = mean(timing.seconds if timing else None)
     return None if timing is None or seconds is None else {"work": list(timing.work), "dtype": timing.dtype, "seconds": seconds}
+
+
+def _turns_sample(device: torch.device) -> float:
+    """How many ranks share a core, as measured; 1 on a device of their own."""
+    barrier()
+    found = mean(measure.turns()) if device.type == "cpu" and measure.crowded() else None
+    return max(1.0, found or 1.0)
 
 
 def _view_sample(budget_s: float) -> float | None:

@@ -1,25 +1,31 @@
 """Small monotone models of measured times.
 
-A class of ops has one curve: seconds as a function of the ideal seconds (`kernels.ideal_seconds`), piecewise linear in logarithms through
-at most `KNOTS` points. More work never takes less time: the points go through isotonic regression (pool adjacent violators; Barlow et
-al. 1972). How good a curve is, is said by its error on samples it was not fitted to.
+A class of ops, or an op, has one curve: seconds as a function of the ideal seconds (`kernels.ideal_seconds`), piecewise linear in
+logarithms with knots at quantiles of the samples, by least squares. More work never takes less time: the knots go through isotonic
+regression (pool adjacent violators; Barlow et al. 1972). How many knots, and what the ideal seconds are made of, is decided by the error
+on samples left out in turn; how good a curve is, is said by its error on further ones that had no part in that either.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from .cluster import Device
-from .kernels import MATRIX_CLASSES, ideal_seconds, work_seconds
+from .kernels import MATRIX_CLASSES, Floats, curve
 from .measure import Timing
+from .work import class_of
 
-KNOTS = 12
+EVENNESS = 0.3  # how much a change of slope counts beside a sample's error, both in logarithms
+KNOTS = (3, 5, 8, 12)
 HALF_DIMS = (0, 2, 4, 8, 16, 32, 64)
+BYTE_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 Points = list[list[float]]
 
@@ -44,57 +50,135 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [value for value, length in blocks for _ in range(length)]
 
 
-def fit_points(samples: Sequence[tuple[float, float]], knots: int = KNOTS) -> Points:
-    """Monotone [x, seconds] knots through samples (x, seconds), all above 0. Raises ValueError without samples or for absurd ones."""
+def fit_points(samples: Sequence[tuple[float, float]], knots: int = max(KNOTS)) -> Points:
+    """Monotone [x, seconds] knots by samples (x, seconds), all above 0. Raises ValueError without samples or for absurd ones."""
     if not samples:
         raise ValueError("there is nothing to fit: no samples")
     for x, y in samples:
         if min(x, y) <= 0 or not math.isfinite(x + y):
             raise ValueError(f"a sample of {y!r} s at {x!r} cannot be: both must be finite and above 0; measure again")
-    ordered = sorted((math.log(x), math.log(y)) for x, y in samples)
-    # Where there are many samples, a knot stands for at least two; few samples are knots themselves.
-    count = min(knots, len(ordered) // 2 if len(ordered) > 2 * knots else len(ordered))
-    bounds = [round(i * len(ordered) / count) for i in range(count + 1)]
-    groups = [ordered[a:b] for a, b in itertools.pairwise(bounds) if b > a]
-    xs = [statistics.fmean(x for x, _ in group) for group in groups]
-    ys = isotonic([statistics.median(y for _, y in group) for group in groups])
-    points: Points = []
-    for x, y in zip(xs, ys, strict=True):
-        if not points or x > math.log(points[-1][0]) + 1e-6:
-            points.append([math.exp(x), math.exp(y)])
-    return points
+    xs, ys = np.log(np.array(sorted(samples))).T
+    places = _spaced(np.quantile(xs, np.linspace(0, 1, min(knots, len(xs)))).tolist())
+    # Each row says how near a sample is to the knots around it: np.interp of the unit vectors. Further rows ask for an even slope.
+    units = np.eye(len(places))
+    near = np.stack([np.interp(xs, places, unit) for unit in units], axis=1)
+    bends = EVENNESS * np.diff(np.diff(units, axis=0) / np.diff(places)[:, None], axis=0)
+    wanted = np.concatenate([ys, np.zeros(len(bends))])
+    heights = isotonic(np.linalg.lstsq(np.concatenate([near, bends]), wanted, rcond=None)[0].tolist())
+    return [[math.exp(x), math.exp(y)] for x, y in zip(places, heights, strict=True)]
 
 
-def fit_class(op_class: str, dtype: str, timings: Sequence[Timing], device: Device) -> tuple[dict[str, Any], Residual]:
-    """The table of one class and dtype, and its error on every third sample, which the fit it is judged by did not see.
+def _spaced(places: list[float]) -> list[float]:
+    """Without those that lie closer than a tenth (in logarithms) behind another: no sample could tell them apart."""
+    kept = places[:1]
+    for place in places[1:]:
+        if place > kept[-1] + 0.1:
+            kept.append(place)
+    return kept
 
-    device: with the measured peaks. The half_dim of matrix work is the one that leaves the least error.
+
+class _Shape(NamedTuple):
+    """What a curve is drawn over and how finely, see `kernels`."""
+
+    half_dim: float
+    byte_weight: float
+    knots: int
+
+
+def _shapes(op_class: str) -> list[_Shape]:
+    matrix = class_of(op_class) in MATRIX_CLASSES
+    return [
+        _Shape(half_dim, weight, knots)
+        for half_dim in (HALF_DIMS if matrix else (0,))
+        for weight in (BYTE_WEIGHTS if matrix else (0.0,))
+        for knots in KNOTS
+    ]
+
+
+class _Samples(NamedTuple):
+    """Measurements of one class as arrays: seconds at the device's peaks for the arithmetic and for the bytes, and what was measured."""
+
+    computing: Floats
+    moving: Floats
+    min_dim: Floats
+    seconds: Floats
+
+    def ideal(self, shape: _Shape) -> Floats:
+        """As `kernels.ideal_seconds`."""
+        computing = self.computing * (1 + shape.half_dim / self.min_dim)
+        return computing + shape.byte_weight * self.moving if shape.byte_weight else np.maximum(computing, self.moving)
+
+    def chosen(self, where: npt.NDArray[np.bool_]) -> _Samples:
+        return _Samples(*(column[where] for column in self))
+
+
+def _samples(op_class: str, dtype: str, timings: Sequence[Timing], device: Device) -> _Samples:
+    """By growing ideal seconds."""
+    c = curve(device, op_class, dtype)
+    rows = [(t.work.flops * c.seconds_per_flop, t.work.bytes * c.seconds_per_byte, t.work.min_dim, t.seconds) for t in timings]
+    columns = np.array(sorted(rows, key=lambda row: max(row[:2]))).T
+    return _Samples(*columns)
+
+
+def fit_class(op_class: str, dtype: str, timings: Sequence[Timing], device: Device) -> tuple[dict[str, Any], list[float]]:
+    """The table of one class or op and dtype, and its relative errors on every third sample, which the fit they judge did not see.
+
+    device: with the measured peaks, without tables. Of all shapes of curves the one is taken that best predicts samples it was not fitted
+    to. Raises ValueError without samples or for absurd ones.
     """
-    ordered = sorted(timings, key=lambda t: ideal_seconds(t.work, device, dtype))
-    held_out = ordered[1::3] if len(ordered) > 3 else []
-    seen = [t for i, t in enumerate(ordered) if i % 3 != 1] if held_out else ordered
-    candidates = HALF_DIMS if op_class in MATRIX_CLASSES else (0,)
-    tables = [_table(op_class, dtype, seen, device, half_dim) for half_dim in candidates]
-    best = min(tables, key=lambda table: _errors(op_class, dtype, seen, device, table).median or 0.0)
-    residual = _errors(op_class, dtype, held_out, device, best)
-    return _table(op_class, dtype, ordered, device, best["half_dim"]), residual
+    _check(timings)
+    samples = _samples(op_class, dtype, timings, device)
+    left: list[float] = []
+    if len(timings) > 3:
+        seen, held_out = _parted(samples, 3, 1)
+        shape = _best(op_class, seen)
+        left = _errors(_points(seen, shape), held_out, shape).tolist()
+    shape = _best(op_class, samples)
+    return {"points": _points(samples, shape), "half_dim": shape.half_dim, "byte_weight": shape.byte_weight}, left
 
 
-def _with_table(op_class: str, dtype: str, device: Device, table: dict[str, Any]) -> Device:
-    return replace(device, tables={f"{op_class}/{dtype}": table})
+def _check(timings: Sequence[Timing]) -> None:
+    for t in timings:
+        if not (t.seconds > 0 and math.isfinite(t.seconds)):
+            raise ValueError(f"a measurement of {t.seconds!r} s for {t.work} cannot be: it must be finite and above 0; measure again")
 
 
-def _table(op_class: str, dtype: str, timings: Sequence[Timing], device: Device, half_dim: float) -> dict[str, Any]:
-    probe = _with_table(op_class, dtype, device, {"points": [[1.0, 1.0]], "half_dim": half_dim})
-    return {"points": fit_points([(ideal_seconds(t.work, probe, dtype), t.seconds) for t in timings]), "half_dim": half_dim}
+def _parted(samples: _Samples, folds: int, fold: int) -> tuple[_Samples, _Samples]:
+    """(the others, every `folds`-th sample)."""
+    out = np.arange(len(samples.seconds)) % folds == fold
+    return samples.chosen(~out), samples.chosen(out)
 
 
-def _errors(op_class: str, dtype: str, timings: Sequence[Timing], device: Device, table: dict[str, Any]) -> Residual:
-    if not timings:
+def _points(samples: _Samples, shape: _Shape) -> Points:
+    return fit_points(list(zip(samples.ideal(shape).tolist(), samples.seconds.tolist(), strict=True)), shape.knots)
+
+
+def _errors(points: Points, samples: _Samples, shape: _Shape) -> Floats:
+    """Relative errors of a curve, continued as `kernels` does."""
+    xs, ys = np.log(np.array(points)).T
+    x = np.log(samples.ideal(shape))
+    return np.abs(np.exp(np.interp(x, xs, ys) + np.maximum(0.0, x - xs[-1])) / samples.seconds - 1)
+
+
+def _best(op_class: str, samples: _Samples) -> _Shape:
+    """The shape with the least error on samples left out in turn; with few samples the plainest one."""
+    if len(samples.seconds) < 6:
+        return _Shape(0, 0.0, max(KNOTS))
+    parts = [_parted(samples, 3, fold) for fold in range(3)]
+
+    def error(shape: _Shape) -> float:
+        return float(np.concatenate([_errors(_points(seen, shape), left, shape) for seen, left in parts]).mean())
+
+    return min(_shapes(op_class), key=error)
+
+
+def residual(errors: Sequence[float]) -> Residual:
+    """Median and 90th percentile of relative errors."""
+    if not errors:
         return Residual(median=None, p90=None, num_samples=0)
-    fitted = _with_table(op_class, dtype, device, table)
-    errors = sorted(abs(work_seconds(t.work, fitted, dtype) / t.seconds - 1) for t in timings)
-    return Residual(median=statistics.median(errors), p90=errors[min(len(errors) - 1, int(0.9 * len(errors)))], num_samples=len(errors))
+    ordered = sorted(errors)
+    p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
+    return Residual(median=statistics.median(ordered), p90=p90, num_samples=len(ordered))
 
 
 def line(points: Points) -> tuple[float, float]:

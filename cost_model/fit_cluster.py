@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from . import fit
-from .cluster import Cluster, ClusterError, Link
+from .cluster import Cluster, ClusterError, Device, Link
 from .journal import machine, versions, world
 from .measure import Timing
-from .work import Work
+from .work import Work, class_of
 
 MEASURED = "measured: opweave calibrate"
 
@@ -32,11 +32,12 @@ def corrected(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
 
 
 def _timings(samples: Mapping[str, Any]) -> dict[tuple[str, str], list[Timing]]:
-    """Op samples by (class, dtype)."""
+    """Op samples by (class with the op's name, dtype)."""
     found: dict[tuple[str, str], list[Timing]] = {}
+    turns = samples.get("turns", 1.0)
     for name, sample in samples.items():
         if name.startswith("op ") and sample is not None:
-            timing = Timing(work=Work(*sample["work"]), dtype=sample["dtype"], seconds=sample["seconds"])
+            timing = Timing(work=Work(*sample["work"]), dtype=sample["dtype"], seconds=sample["seconds"] * turns)
             found.setdefault((timing.work.op_class, timing.dtype), []).append(timing)
     return found
 
@@ -45,16 +46,13 @@ def fitted(start: Cluster, samples: Mapping[str, Any], *, seconds: float, quick:
     """The start cluster with all that was measured. Raises ClusterError, ValueError where a measurement cannot be."""
     timings = _timings(samples)
     device = replace(start.device, **_peaks(start, timings, samples))
-    tables, residuals = {}, {}
-    for (op_class, dtype), found in sorted(timings.items()):
-        table, residual = fit.fit_class(op_class, dtype, found, device)
-        tables[f"{op_class}/{dtype}"] = table
-        residuals[f"{op_class}/{dtype}"] = asdict(residual)
+    tables, residuals = _tables(timings, device)
     calibration = {
         "fitted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
         "ranks": world(),
+        "turns": samples.get("turns", 1.0),
         "quick": quick,
         "seconds": round(seconds, 1),
         "residuals": residuals,
@@ -68,13 +66,33 @@ def fitted(start: Cluster, samples: Mapping[str, Any], *, seconds: float, quick:
     return Cluster.from_dict(cluster.to_dict())  # what cannot be read back must not be written
 
 
+def _tables(timings: Mapping[tuple[str, str], list[Timing]], device: Device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Curves of every op that was measured and of every class, and the errors of the ops' curves by class."""
+    tables: dict[str, Any] = {}
+    errors: dict[str, list[float]] = {}
+    classes: dict[tuple[str, str], list[Timing]] = {}
+    for (op_class, dtype), found in sorted(timings.items()):
+        classes.setdefault((class_of(op_class), dtype), []).extend(found)
+        tables[f"{op_class}/{dtype}"], left = fit.fit_class(op_class, dtype, found, device)
+        errors.setdefault(f"{class_of(op_class)}/{dtype}", []).extend(left)
+    for (name, dtype), found in classes.items():
+        if f"{name}/{dtype}" not in tables:
+            tables[f"{name}/{dtype}"], _ = fit.fit_class(name, dtype, found, device)
+    return tables, {name: asdict(fit.residual(left)) for name, left in errors.items()}
+
+
+def _class_timings(timings: Mapping[tuple[str, str], list[Timing]], classes: tuple[str, ...], dtype: str) -> list[Timing]:
+    return [t for (c, d), found in timings.items() if class_of(c) in classes and d == dtype for t in found]
+
+
 def _peaks(start: Cluster, timings: Mapping[tuple[str, str], list[Timing]], samples: Mapping[str, Any]) -> dict[str, Any]:
     """The best rates seen: FLOP/s of matrix products by dtype, bytes per second, elements updated per second; seconds of a view."""
-    peaks = {dtype: max(t.work.flops / t.seconds for t in found) for (c, dtype), found in timings.items() if c == "matmul"}
-    streams = [t for (c, dtype), found in timings.items() if c in ("pointwise", "copy") and dtype == "float32" for t in found]
+    products = {dtype: _class_timings(timings, ("matmul",), dtype) for _, dtype in timings}
+    peaks = {dtype: max(t.work.flops / t.seconds for t in found) for dtype, found in products.items() if found}
+    streams = _class_timings(timings, ("pointwise", "copy"), "float32")
     large = [t for t in streams if t.work.bytes >= 1 << 22] or streams
-    views = {"view_s": samples["views"]} if start.device.kind == "cpu" and "views" in samples else {}
-    updates = [t for (c, dtype), found in timings.items() if c == "update" and dtype == "float32" for t in found]
+    views = {"view_s": samples["views"] * samples.get("turns", 1.0)} if start.device.kind == "cpu" and "views" in samples else {}
+    updates = _class_timings(timings, ("update",), "float32")
     found: dict[str, Any] = {"peak_flops": {**start.device.peak_flops, **peaks}, **views}
     if large:
         found["memory_bandwidth_bytes_per_s"] = max(t.work.bytes / t.seconds for t in large)

@@ -1,6 +1,6 @@
 """Seconds of one kernel on one device.
 
-    ideal   = max(flops * (1 + half_dim / min_dim) / peak, bytes / memory bandwidth)
+    ideal   = max(flops * (1 + half_dim / min_dim) / peak, bytes / memory bandwidth)     (or their weighted sum, see below)
     seconds = launch + ramp + ideal / efficiency
 
 - peak: of the dtype for matrix work, of float32 for all else (elementwise work in half precision is done in float32).
@@ -11,7 +11,10 @@
 The defaults below are assumptions of the usual order (cuBLAS, cuDNN and FlashAttention reach 60-90 % of the dense peak, streaming
 kernels 80-90 % of the memory bandwidth). Calibration replaces launch + ramp + ideal / efficiency per class and dtype by a measured
 curve: `device.tables["matmul/float32"] = {"points": [[ideal, seconds], ...]}`, interpolated in logarithms; below its first point the
-seconds stay, above its last they grow in proportion.
+seconds stay, above its last they grow in proportion. With
+a "byte_weight" w > 0 the ideal time is the sum of the first term and w times the second: kernels that first bring their operands into
+another layout, as convolutions on CPUs do, take both. An op may have a curve of its own, "norm:native_batch_norm/float32"; others have
+that of their class. Dtypes without a curve have float32's, but for matrix work, where kernels differ.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Device
-from .work import OP_CLASSES, Work
+from .work import OP_CLASSES, Work, class_of
 
 MATRIX_CLASSES = ("matmul", "attention", "attention_backward", "conv", "conv_backward", "moe", "moe_backward")
 
@@ -73,18 +76,28 @@ class Curve(NamedTuple):
     slope: float
     log_ideal: tuple[float, ...] = ()
     log_seconds: tuple[float, ...] = ()
+    byte_weight: float = 0.0
+
+
+def table_name(op_class: str, device: Device, dtype: str) -> str | None:
+    """The measured curve that prices an op: its own, else its class's; None where there is none."""
+    name = class_of(op_class)
+    dtypes = (dtype,) if name in MATRIX_CLASSES or dtype == "float32" else (dtype, "float32")
+    found = (f"{n}/{d}" for d in dtypes for n in (op_class, name))
+    return next((key for key in found if key in device.tables), None)
 
 
 @lru_cache(maxsize=1024)
 def curve(device: Device, op_class: str, dtype: str) -> Curve:
-    """The price curve of a class. Raises ValueError for an unknown class."""
-    if op_class not in OP_CLASSES:
+    """The price curve of a class or of one op of it. Raises ValueError for an unknown class."""
+    name = class_of(op_class)
+    if name not in OP_CLASSES:
         raise ValueError(f"unknown op class {op_class!r}; known are {', '.join(OP_CLASSES)}")
-    table, forward = _DEFAULTS[device.kind], op_class.removesuffix("_backward")
-    default = table.get(op_class) or table.get(forward) or table["*"]
-    efficiency = device.efficiency.get(op_class) or device.efficiency.get(forward) or default.efficiency
-    peak = device.flops_per_s(dtype if op_class in MATRIX_CLASSES else "float32")
-    measured = device.tables.get(f"{op_class}/{dtype}")
+    table, forward = _DEFAULTS[device.kind], name.removesuffix("_backward")
+    default = table.get(name) or table.get(forward) or table["*"]
+    efficiency = device.efficiency.get(name) or device.efficiency.get(forward) or default.efficiency
+    peak = device.flops_per_s(dtype if name in MATRIX_CLASSES else "float32")
+    measured = device.tables.get(table_name(op_class, device, dtype) or "")
     points = measured["points"] if measured else []
     return Curve(
         seconds_per_flop=1 / peak,
@@ -94,13 +107,19 @@ def curve(device: Device, op_class: str, dtype: str) -> Curve:
         slope=1 / efficiency,
         log_ideal=tuple(math.log(x) for x, _ in points),
         log_seconds=tuple(math.log(y) for _, y in points),
+        byte_weight=measured.get("byte_weight", 0.0) if measured else 0.0,
     )
 
 
 def ideal_seconds(work: Work, device: Device, dtype: str) -> float:
     """Seconds at the device's peaks, without launch or inefficiency."""
-    c = curve(device, work.op_class, dtype)
-    return max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
+    return _ideal(work, curve(device, work.op_class, dtype))
+
+
+def _ideal(work: Work, c: Curve) -> float:
+    computing = work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim)
+    moving = work.bytes * c.seconds_per_byte
+    return computing + c.byte_weight * moving if c.byte_weight else max(computing, moving)
 
 
 def work_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
@@ -108,7 +127,7 @@ def work_seconds(work: Work, device: Device, dtype: str = "float32") -> float:
     if work.op_class == "view":
         return device.view_s
     c = curve(device, work.op_class, dtype)
-    ideal = max(work.flops * c.seconds_per_flop * (1 + c.half_dim / work.min_dim), work.bytes * c.seconds_per_byte)
+    ideal = _ideal(work, c)
     if c.log_ideal:
         return _on_curve(c, ideal)
     return c.fixed_s + ideal * c.slope
@@ -138,7 +157,9 @@ def kernel_seconds(
     if op_class == "view":
         return np.full(np.broadcast_shapes(flops.shape, num_bytes.shape), device.view_s)
     c = curve(device, op_class, dtype)
-    ideal = np.maximum(flops * c.seconds_per_flop * (1 + c.half_dim / np.asarray(min_dim, dtype=float)), num_bytes * c.seconds_per_byte)
+    computing = flops * c.seconds_per_flop * (1 + c.half_dim / np.asarray(min_dim, dtype=float))
+    moving = num_bytes * c.seconds_per_byte
+    ideal = computing + c.byte_weight * moving if c.byte_weight else np.maximum(computing, moving)
     if not c.log_ideal:
         return c.fixed_s + ideal * c.slope
     x = np.log(np.maximum(ideal, 1e-12))
@@ -155,5 +176,5 @@ def origin(work: Work, device: Device, dtype: str = "float32") -> str:
 
 
 def is_measured(op_class: str, device: Device, dtype: str = "float32") -> bool:
-    """Whether the price of this class comes from a measured curve."""
-    return f"{op_class}/{dtype}" in device.tables
+    """Whether the price of this class or op comes from a measured curve."""
+    return table_name(op_class, device, dtype) is not None

@@ -6,6 +6,8 @@ and shapes, no graphs. Conventions:
 - flops count a multiply-add as two. bytes are every input read once and every output written once, as a fused kernel would.
 - `min_dim` is the smallest side of a matrix product (rows, columns or reduction), which bounds how well hardware tiles fill.
 - Views move nothing. An op that is not known by name counts as pointwise over what it reads and writes: class "other".
+- A reduction that keeps the last dimension goes over memory in another order, so it counts as an op of its own: "reduction:sum_outer";
+  so does a convolution's backward pass without the gradient of its input.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Shapes = Sequence[Shape]
 
 
 class Work(NamedTuple):
-    """What one op does on one device."""
+    """What one op does on one device. op_class: one of OP_CLASSES, with the op where it has a name of its own: "norm:native_layer_norm"."""
 
     flops: float
     bytes: float
@@ -59,14 +61,25 @@ def op_work(
     per element, one for all or one each. share: part of the work that falls to this device where shapes do not say it (experts here of
     all experts).
     """
-    op = _lookup(target)
+    op, op_class = _lookup(target)
     if op.op_class == "view":
         return NO_WORK
+    moved = _bytes(op, in_shapes, out_shapes, in_itemsize, out_itemsize)
     if op.measure is None:
         flops = op.flops_per_element * max(_elements(in_shapes), _elements(out_shapes))
-        return Work(flops * share, _bytes(op, in_shapes, out_shapes, in_itemsize, out_itemsize), op.op_class)
+        return Work(flops * share, moved, op_class + _order(op, in_shapes, args))
     flops, min_dim = op.measure(in_shapes, out_shapes, args)
-    return Work(flops * share, _bytes(op, in_shapes, out_shapes, in_itemsize, out_itemsize), op.op_class, min_dim)
+    if op.op_class == "conv_backward" and out_shapes and out_shapes[0] is None:
+        op_class += "_weight"
+    return Work(flops * share, moved, op_class, min_dim)
+
+
+def _order(op: _Op, in_shapes: Shapes, args: Sequence[Any]) -> str:
+    """"_outer" for a reduction over a list of dimensions without the last one."""
+    if op.op_class != "reduction" or not in_shapes or in_shapes[0] is None or not args or not isinstance(args[0], list | tuple):
+        return ""
+    dims, last = args[0], len(in_shapes[0]) - 1
+    return "" if not dims or -1 in dims or last in dims else "_outer"
 
 
 def _elements(shapes: Shapes) -> int:
@@ -259,19 +272,29 @@ _OTHER = _Op("other")
 
 
 @lru_cache(maxsize=4096)
-def _lookup(target: str) -> _Op:
+def _lookup(target: str) -> tuple[_Op, str]:
+    """The row of an op and its class with its name."""
     name = target.removeprefix("torch.ops.").removeprefix("aten::").removeprefix("aten.")
     if name.startswith("opweave."):
         name = "opweave::" + name.removeprefix("opweave.")
     base = name.partition(".")[0]
-    return OPS.get(base) or OPS.get(base.removesuffix("_")) or _OTHER
+    for known in (base, base.removesuffix("_")):
+        if known in OPS:
+            op, short = OPS[known], known.removeprefix("opweave::")
+            return op, op.op_class if short == op.op_class else f"{op.op_class}:{short}"
+    return _OTHER, "other"
 
 
 def is_known(target: str) -> bool:
     """Whether the op has a row here; others are priced as one pass over their operands and results."""
-    return _lookup(target) is not _OTHER
+    return _lookup(target)[0] is not _OTHER
 
 
 def op_class(target: str) -> str:
-    """The class of an op by name."""
-    return _lookup(target).op_class
+    """The class of an op by name, without the name."""
+    return _lookup(target)[0].op_class
+
+
+def class_of(op_class: str) -> str:
+    """"norm:native_layer_norm" -> "norm"."""
+    return op_class.partition(":")[0]

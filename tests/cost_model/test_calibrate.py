@@ -51,11 +51,11 @@ def test_an_interrupted_calibration_goes_on_and_keeps_the_old_file(few_rows, qui
     measured = []
     real = measure.measure
 
-    def interrupted(row, device, *, budget_s):
+    def interrupted(row, device, **options):
         if len(measured) == 12:
             raise KeyboardInterrupt
         measured.append(row.name)
-        return real(row, device, budget_s=budget_s)
+        return real(row, device, **options)
 
     monkeypatch.setattr(measure, "measure", interrupted)
     many = measure.rows((torch.float32,))[:16]
@@ -83,8 +83,8 @@ def test_a_journal_of_another_setting_starts_anew(tmp_path):
 def test_absurd_measurements_are_refused(few_rows, quick, tmp_path, monkeypatch):
     real = measure.measure
 
-    def broken(row, device, *, budget_s):
-        return dataclasses.replace(real(row, device, budget_s=budget_s), seconds=-1.0)
+    def broken(row, device, **options):
+        return dataclasses.replace(real(row, device, **options), seconds=-1.0)
 
     monkeypatch.setattr(measure, "measure", broken)
     with pytest.raises(ValueError, match=r"must be .*above 0"):

@@ -51,8 +51,10 @@ def test_unknown_class():
 
 @pytest.mark.parametrize("op_class", OP_CLASSES)
 @pytest.mark.parametrize("measured", [False, True])
-def test_arrays_agree_with_scalars(op_class, measured):
-    tables = {f"{op_class}/float32": {"points": [[1e-6, 1e-5], [1e-4, 2e-4], [1e-3, 1.5e-3]]}} if measured else {}
+@pytest.mark.parametrize("byte_weight", [0.0, 2.0])
+def test_arrays_agree_with_scalars(op_class, measured, byte_weight):
+    points = [[1e-6, 1e-5], [1e-4, 2e-4], [1e-3, 1.5e-3]]
+    tables = {f"{op_class}/float32": {"points": points, "byte_weight": byte_weight}} if measured else {}
     device = dataclasses.replace(A100, tables=tables)
     assert is_measured(op_class, device) == measured
     rng = np.random.default_rng(0)
@@ -60,6 +62,20 @@ def test_arrays_agree_with_scalars(op_class, measured):
     works = [Work(f, b, op_class, d) for f, b, d in zip(flops, num_bytes, dims, strict=True)]
     one_by_one = [work_seconds(work, device) for work in works]
     np.testing.assert_allclose(kernel_seconds(flops, num_bytes, op_class, device, "float32", dims), one_by_one, rtol=1e-12)
+
+
+def test_an_op_has_its_own_curve_else_that_of_its_class_else_that_of_float32():
+    def flat(seconds):
+        return {"points": [[1e-9, seconds], [1.0, seconds]]}
+
+    tables = {"norm/float32": flat(1e-3), "norm:batch/float32": flat(2e-3), "norm/bfloat16": flat(3e-3), "matmul/float32": flat(4e-3)}
+    device = dataclasses.replace(A100, tables=tables)
+    work = Work(0, 1e6, "norm:batch")
+    assert work_seconds(work, device, "float32") == pytest.approx(2e-3)
+    assert work_seconds(work._replace(op_class="norm:layer"), device, "float32") == pytest.approx(1e-3)
+    assert work_seconds(work, device, "bfloat16") == pytest.approx(3e-3)
+    assert work_seconds(work, device, "int64") == pytest.approx(2e-3)
+    assert not is_measured("matmul:mm", device, "bfloat16"), "products in another precision run other kernels"
 
 
 def test_measured_curve_goes_through_its_points_and_on():

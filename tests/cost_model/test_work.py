@@ -3,7 +3,7 @@
 import timeit
 
 import pytest
-from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, is_known, op_work
+from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, class_of, is_known, op_work
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,28 @@ from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, is_known, op_work
 )  # fmt: skip
 def test_counts(target, ins, outs, args, flops, op_class, min_dim):
     work = op_work(target, ins, outs, args)
-    assert work.op_class == op_class
+    assert class_of(work.op_class) == op_class
     if op_class != "moe" or "opweave" in target:
         assert work.flops == flops
         assert min_dim is None or work.min_dim == min_dim
+
+
+@pytest.mark.parametrize(
+    "target, ins, outs, args, expected",
+    [
+        ("aten.native_layer_norm.default", [(4, 5)], [(4, 5)], (), "norm:native_layer_norm"),
+        ("opweave::attention", [(2, 4, 8, 16)] * 3, [(2, 4, 8, 16)], (), "attention"),
+        ("aten.sum.dim_IntList", [(4, 5)], [(4,)], ([1],), "reduction:sum"),
+        ("aten.sum.dim_IntList", [(4, 5)], [(5,)], ([0], True), "reduction:sum_outer"),
+        ("aten.sum.dim_IntList", [(4, 5)], [()], ([0, -1],), "reduction:sum"),
+        ("aten.sum.default", [(4, 5)], [()], (), "reduction:sum"),
+        ("convolution_backward", [(2, 6, 8, 8), (2, 3, 8, 8), (6, 3, 3, 3)], [None, (6, 3, 3, 3)],
+         (), "conv_backward:convolution_backward_weight"),
+        ("mylib::unheard_of", [(4, 5)], [(4, 5)], (), "other"),
+    ],
+)  # fmt: skip
+def test_ops_of_a_class_are_told_apart(target, ins, outs, args, expected):
+    assert op_work(target, ins, outs, args).op_class == expected
 
 
 def test_grouped_mm():

@@ -1,0 +1,329 @@
+"""Predicted against measured step time: models x plans on the ranks of this machine, each plan's simulation beside its run.
+
+    python -m bench.prediction --json [--ranks 1,2,4] [--models opt,resnet] [-o bench/results/prediction.json] [--plot docs/prediction.png]
+
+For each number of ranks the runner calibrates (unless --clusters has its file already) and starts `torchrun` with gloo and one thread per
+rank. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's with the calibrated
+prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
+
+predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
+rank's step, as calibration takes it, for other programs only ever add.
+The plans of a model take turns in one process group, so that what else the machine does meets all alike; before each timed step a plan
+takes one untimed step, which puts its own data into the caches. noise: how much the two halves of the rounds differ.
+
+Summary. error: |predicted / measured - 1| over all rows. kendall_tau: per model and number of ranks, over pairs of plans whose measured
+times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the fastest plan, worst
+and median over models. calibration_gain: measured time of "datasheet" over that of "auto" where the two plans differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import opweave as ow
+import torch
+import torch.distributed as dist
+from opweave import calibration
+from opweave.compiler.timeline import timeline
+from opweave.compiler.training_step import TrainingStep, plan_text
+from opweave.cost_model.cluster import Cluster
+from opweave.host_memory import keep_freed_memory
+
+from . import prediction_models
+
+GOALS = {"median_error": 0.10, "p90_error": 0.25, "kendall_tau": 0.8, "picked_vs_best": 1.05}
+FORCED = ("ddp", "zero3", "megatron")
+ROUNDS, STEPS_PER_ROUND = 10, 2
+LEAST_NOISE = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One plan of one model. planned_s: what the planner's sum said, before simulation. same_as: a plan with the same decisions."""
+
+    model: str
+    plan: str
+    ranks: int
+    predicted_s: float
+    measured_s: float
+    planned_s: float
+    noise: float
+    mesh: str
+    same_as: str | None = None
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+# -- in the job's processes ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of_model(name: str, cluster: Cluster) -> list[Row]:
+    """All plans of one model on this job's ranks. All ranks call it."""
+    steps = _single(name, cluster) if cluster.num_devices == 1 else _plans(name, cluster)
+    times = take_turns([(step, batch) for _, step, batch in steps])
+    rows: list[Row] = []
+    seen: dict[str, str] = {}
+    for (plan, step, _), found in zip(steps, times, strict=True):
+        assert step.program is not None and step.plan is not None
+        same = seen.setdefault(plan_text(step.plan), plan) if cluster.num_devices > 1 else plan
+        half = len(found) // 2
+        rows.append(
+            Row(
+                model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
+                predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
+                noise=abs(_quintile(found[:half]) / _quintile(found[half:]) - 1), mesh="x".join(map(str, step.plan.mesh)),
+                same_as=None if same == plan else same,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _quintile(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 5]
+
+
+def _prepared(name: str, cluster: Cluster, force: str | None = None, batch_size: int | None = None) -> tuple[TrainingStep, Any]:
+    model, batch = prediction_models.load(name, batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return ow.compile(model, cluster, optimizer=optimizer, force=force).prepare(batch), batch
+
+
+def _single(name: str, cluster: Cluster) -> list[tuple[str, TrainingStep, Any]]:
+    usual = prediction_models.BY_NAME[name].batch_size
+    return [(f"batch {size}", *_prepared(name, cluster, batch_size=size)) for size in (usual // 2, usual, 2 * usual)]
+
+
+def _plans(name: str, cluster: Cluster) -> list[tuple[str, TrainingStep, Any]]:
+    found = [(force, *_prepared(name, cluster, force)) for force in FORCED]
+    found.append(("auto", *_prepared(name, cluster)))
+    found.append(("datasheet", *_prepared(name, Cluster.preset("cpu", devices=cluster.num_devices))))
+    return found
+
+
+def take_turns(
+    steps: Sequence[tuple[TrainingStep, Any]], rounds: int = ROUNDS, steps_per_round: int = STEPS_PER_ROUND
+) -> list[list[float]]:
+    """Seconds of every timed step, the slowest rank's, by plan. All ranks call it."""
+    for step, batch in steps:
+        step(batch)
+    gc.collect()
+    mine: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for (step, batch), times in zip(steps, mine, strict=True):
+            step(batch)
+            for _ in range(steps_per_round):
+                _barrier()
+                begin = time.perf_counter()
+                step(batch)
+                times.append(time.perf_counter() - begin)
+    return [[max(ranks) for ranks in zip(*by_rank, strict=True)] for by_rank in zip(*_from_all(mine), strict=True)]
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _from_all(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
+    """What each process of the job does; rank 0 writes the rows after every model."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    leads = calibration.join_job() == 0
+    cluster = Cluster.load(cluster_file)
+    rows: list[Row] = []
+    for name in models:
+        rows += rows_of_model(name, cluster)
+        gc.collect()
+        if leads:
+            rows_file.write_text(json.dumps([asdict(row) for row in rows]))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- the runner ---------------------------------------------------------------------------------------------------------------------
+
+
+def torchrun(ranks: int, *command: str) -> None:
+    """Run a module on so many processes, one thread each; what they print goes to stderr. Raises CalledProcessError."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *command]
+    subprocess.run(launch, check=True, env=environment, stdout=sys.stderr)
+
+
+def run(ranks: int, models: Sequence[str], clusters: Path) -> list[Row]:
+    """The rows of one number of ranks, calibrated first where `clusters` has no file for it."""
+    cluster = clusters / f"cluster-{ranks}.json"
+    if not cluster.exists():
+        torchrun(ranks, "opweave.cli", "calibrate", "-o", str(cluster))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        torchrun(ranks, "bench.prediction", "--work", str(cluster), "--rows", str(rows), "--models", ",".join(models))
+        return [Row(**row) for row in json.loads(rows.read_text())]
+
+
+def kendall_tau(rows: Iterable[Row]) -> float | None:
+    """Agreement of the order by prediction with the measured one, -1 to 1; None where all plans are alike within noise."""
+    signs = []
+    for a, b in itertools.combinations(rows, 2):
+        noise = 2 * max(a.noise, b.noise, LEAST_NOISE / 2)
+        if a.same_as is None and b.same_as is None and abs(a.measured_s / b.measured_s - 1) > noise:
+            signs.append(1 if (a.predicted_s < b.predicted_s) == (a.measured_s < b.measured_s) else -1)
+    return statistics.fmean(signs) if signs else None
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """See the module's text."""
+    errors = sorted(abs(row.error) for row in rows)
+    per_model = [_of_model(model, ranks, group) for (model, ranks), group in _groups(rows).items() if ranks > 1]
+    taus = [m["kendall_tau"] for m in per_model if m["kendall_tau"] is not None]
+    picked = [m["picked_vs_best"] for m in per_model]
+    gains = [m["calibration_gain"] for m in per_model if m["calibration_gain"] is not None]
+    return {
+        "num_rows": len(rows),
+        "median_error": statistics.median(errors),
+        "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
+        "error_by_ranks": {str(n): statistics.median(abs(r.error) for r in rows if r.ranks == n) for n in sorted({r.ranks for r in rows})},
+        "kendall_tau": statistics.fmean(taus) if taus else None,
+        "kendall_tau_least": min(taus, default=None),
+        "picked_vs_best": max(picked, default=None),
+        "picked_vs_best_median": statistics.median(picked) if picked else None,
+        "calibration_gain": {"num_plans": len(gains), "median": statistics.median(gains) if gains else None, "all": sorted(gains)},
+        "goals": GOALS,
+        "models": per_model,
+    }
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.ranks), []).append(row)
+    return found
+
+
+def _of_model(model: str, ranks: int, rows: Sequence[Row]) -> dict[str, Any]:
+    by_plan = {row.plan: row for row in rows}
+    auto, datasheet, best = by_plan["auto"], by_plan["datasheet"], min(rows, key=lambda row: row.measured_s)
+    return {
+        "model": model,
+        "ranks": ranks,
+        "kendall_tau": kendall_tau(rows),
+        "best": best.plan,
+        "picked_vs_best": auto.measured_s / best.measured_s,
+        "calibration_gain": None if datasheet.same_as else datasheet.measured_s / auto.measured_s,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a result needs to be read later: machine, versions, commit."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def merged(rows: Iterable[Row], path: Path | None) -> list[Row]:
+    """With those of an earlier result file that were not measured again."""
+    new = list(rows)
+    done = {(row.model, row.ranks) for row in new}
+    old = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path is not None and path.exists() else []
+    return [row for row in old if (row.model, row.ranks) not in done] + new
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Predicted over measured time, one point per row. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    ends = [min(r.measured_s for r in rows) * 800, max(r.measured_s for r in rows) * 1250]
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    axes.fill_between(ends, [0.9 * e for e in ends], [1.1 * e for e in ends], color="black", alpha=0.1, linewidth=0, label="within 10 %")
+    for ranks, marker in zip(sorted({r.ranks for r in rows}), "osD^", strict=False):
+        chosen = [r for r in rows if r.ranks == ranks]
+        label = f"{ranks} rank{'s' if ranks > 1 else ''}"
+        points = [1e3 * r.measured_s for r in chosen], [1e3 * r.predicted_s for r in chosen]
+        axes.scatter(*points, s=14, marker=marker, label=label, alpha=0.7)
+    axes.set(xscale="log", yscale="log", xlabel="measured step, ms", ylabel="predicted step, ms", xlim=ends, ylim=ends)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise"]
+    for r in rows:
+        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%}"
+        lines.append(f"{r.model:12} {r.plan:10} {r.ranks:5} {times}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Command line. Exit status 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--models", default=",".join(prediction_models.BY_NAME))
+    parser.add_argument("--clusters", type=Path, help="folder of calibrated cluster files, cluster-RANKS.json; made where missing")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, help="result file; rows of other models and ranks in it are kept")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    models = [name for name in args.models.split(",") if name]
+    if args.work is not None:
+        work(models, args.work, args.rows)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        clusters = args.clusters or Path(folder)
+        clusters.mkdir(parents=True, exist_ok=True)
+        new = [row for ranks in args.ranks.split(",") if ranks for row in run(int(ranks), models, clusters)]
+    rows = merged(new, args.output)
+    result = {"environment": environment(), "summary": summary(rows), "rows": [asdict(row) for row in rows]}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot is not None:
+        plot(rows, args.plot)
+    print(json.dumps(result) if args.json else _table(rows) + "\n" + json.dumps(result["summary"], indent=1))
+    return 0 if _holds(result["summary"]) else 1
+
+
+def _holds(found: dict[str, Any]) -> bool:
+    below: dict[str, Callable[[float, float], bool]] = {"kendall_tau": lambda value, goal: value >= goal}
+    return all(found[name] is None or below.get(name, lambda value, goal: value <= goal)(found[name], goal) for name, goal in GOALS.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
