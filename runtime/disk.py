@@ -12,7 +12,10 @@ import tempfile
 import weakref
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
+
+from .parked import Place
 
 ALIGN_BYTES = 4096
 CHUNK_BYTES = 8 << 20  # per system call: what is summed is still in cache when it is written
@@ -71,15 +74,15 @@ class Extents:
         return sum(size for _, size in self._free)
 
 
-class DiskPlace:
-    """Where one tensor's bytes are. The range is given back when the last reference dies."""
+class DiskPlace(Place):
+    """A range of the file. It is given back when the last reference dies."""
 
-    __slots__ = ("__weakref__", "crc", "file", "num_bytes", "offset")
+    __slots__ = ("crc", "file", "offset")
 
     def __init__(self, file: DiskFile, offset: int, num_bytes: int) -> None:
+        super().__init__(num_bytes)
         self.file = file
         self.offset = offset
-        self.num_bytes = num_bytes
         self.crc: int | None = None  # of the content; None while there is none or only a part
 
     def __del__(self) -> None:
@@ -126,27 +129,29 @@ class DiskFile:
             ) from error
         self.extents.grown(start + wanted)
 
-    def write(self, place: DiskPlace, data: memoryview) -> None:
-        """Copy bytes to a place. Raises TierError."""
+    def write(self, place: DiskPlace, chunks: Iterable[memoryview]) -> None:
+        """Copy bytes, given in order, to a place. Raises TierError."""
         place.crc = None
-        crc = 0
-        for start in range(0, place.num_bytes, CHUNK_BYTES):
-            chunk = data[start : start + CHUNK_BYTES]
+        crc = start = 0
+        for chunk in chunks:
             crc = zlib.crc32(chunk, crc)
             self._all(os.pwrite, chunk, place, start, "write")
+            start += len(chunk)
+        assert start == place.num_bytes, f"{start} bytes were written to a place of {place.num_bytes}"
         place.crc = crc
 
-    def read(self, place: DiskPlace, data: memoryview) -> None:
-        """Copy a place's bytes back. Raises TierError where they are not what was written."""
+    def read(self, place: DiskPlace, chunks: Iterable[memoryview]) -> None:
+        """Copy a place's bytes back to memory, given in order. Raises TierError where they are not what was written."""
         if place.crc is None:
             raise TierError(
                 f"a tensor of {place.num_bytes} bytes in the disk tier in {self.folder} was never completely written; {_CHECKPOINT}"
             )
-        crc = 0
-        for start in range(0, place.num_bytes, CHUNK_BYTES):
-            chunk = data[start : start + CHUNK_BYTES]
+        crc = start = 0
+        for chunk in chunks:
             self._all(_pread_into, chunk, place, start, "read")
             crc = zlib.crc32(chunk, crc)
+            start += len(chunk)
+        assert start == place.num_bytes, f"{start} bytes were read from a place of {place.num_bytes}"
         if crc != place.crc:
             raise TierError(
                 f"the disk tier in {self.folder} returned other bytes than were written: {place.num_bytes} bytes at {place.offset} have "

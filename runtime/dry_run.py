@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from . import collectives, update
-from .execute import slot_names, stored_slots, write
+from .execute import slot_names, stored_slots
 from .groups import group_ranks
 from .lockstep import collective_request
 from .memory import MemoryAccount, MemoryReport
 from .program import LocalProgram
+from .program_text import write
 from .reuse import gathers_in_place
 from .sharding import unravel
 from .tiers import TierStore

@@ -16,10 +16,11 @@ import torch
 
 from . import collectives as co
 from . import update
-from .execute import check_updates_last, gather_inputs, slot_names, store_outputs, stored_slots, write
+from .execute import check_updates_last, gather_inputs, slot_names, store_outputs, stored_slots
 from .groups import group_ranks
 from .memory import MemoryAccount, MemoryReport
 from .program import LocalProgram, shard_inputs
+from .program_text import write
 from .sharding import unravel
 from .state import ProgramState
 from .tiers import TierOptions, TierStore

@@ -10,9 +10,9 @@ import torch
 
 from ..torch_compat import storage_identity
 from .collectives import Pending
-from .tiers import Fetching, Parked, Parking, Updating
+from .parked import TIERS, Fetching, Parked, Parking, Updating
 
-POOLS = ("device", "host", "disk")
+POOLS = ("device", *TIERS)
 Owners = tuple[tuple[str, int], ...]  # (who made it, bytes), largest first
 Limits = int | Mapping[str, int] | None
 
@@ -171,7 +171,7 @@ def _parts(value: Any) -> Iterator[tuple[str, int, int]]:
     elif isinstance(value, Parking):
         yield from _each((*value.held, value.parked))
     elif isinstance(value, Updating):
-        yield from _each(value.parts)
+        yield from _each((*value.results, *value.grads))
     elif isinstance(value, (list, tuple)):
         yield from _each(value)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from .tiers import memory_of
+from .checkpoint import CheckpointError
+from .copies import memory_of
 
 Described = tuple[torch.dtype, tuple[int, ...]]
 
@@ -71,3 +72,23 @@ def _header(described: Mapping[str, Described]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, described: Mapping[str, Described], tensors: Iterator[torch.Tensor]) -> CheckpointError | None:
+    """Write a file of `tensors`, in its order; what went wrong with the file. Errors of the tensors themselves are raised."""
+    writer: SafetensorsWriter | None = None
+    try:
+        try:
+            writer = SafetensorsWriter(path, described)
+            for tensor in tensors:
+                writer.add(tensor)
+                del tensor  # before the next one is made
+            writer.close()
+        finally:
+            if writer is not None:
+                writer.give_up()
+    except OSError as error:
+        problem = CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged")
+        problem.__cause__ = error
+        return problem
+    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from .checkpoint import CheckpointError, Elsewhere
 from .collectives import Communicator
 from .exposure import exposure_of, full_tensor
 from .groups import AxisGroups
-from .program import Key, LocalProgram, Port
-from .safetensors_file import DTYPES, Described, SafetensorsWriter, write_order
+from .model_state import named_tensors, optimizer_state, piece_of, plain_names, step_counts, words
+from .program import Key, LocalProgram
+from .safetensors_file import DTYPES, write_order, write_safetensors
 from .tiers import Parked, TierStore
 
 __all__ = ["CheckpointError", "ProgramState"]
@@ -68,14 +69,14 @@ class ProgramState:
         store: for what the program keeps in another tier. One tensor is cut, copied and parked at a time.
         Raises ValueError where the model does not fit the program.
         """
-        named = _named(model)
+        named = named_tensors(model)
         full = {key: tensor.detach() for key, tensor in named.items()}
         if optimizer is not None:
-            full |= _optimizer_state(named, optimizer)
+            full |= optimizer_state(named, optimizer)
         state = cls.from_tensors(program, full, coords, device=device, share=share, store=store)
         if optimizer is not None:
-            state.steps = _step_counts(program, named, optimizer)
-        state.names, state.others = _plain_names(model, program, named)
+            state.steps = step_counts(program, named, optimizer)
+        state.names, state.others = plain_names(model, program, named)
         return state
 
     @classmethod
@@ -96,9 +97,9 @@ class ProgramState:
         for key, port in program.stored.items():
             if port.tier != "device":
                 # Straight from where the model is: the device need not hold it.
-                state.tensors[key] = state.store.park(_piece(port, full, coords, None, share=True), port.tier, target)
+                state.tensors[key] = state.store.park(piece_of(port, full, coords, None, share=True), port.tier, target)
                 continue
-            piece = state.tensors[key] = _piece(port, full, coords, target, share)
+            piece = state.tensors[key] = piece_of(port, full, coords, target, share)
             if key in full and piece.data_ptr() == full[key].data_ptr():
                 state.shared.add(key)
         return state
@@ -133,15 +134,15 @@ class ProgramState:
             held, spec = self.tensors.get(key), port.spec
             assert spec is not None, f"{port.name} is stored without a layout"
             if held is None:
-                raise ValueError(f"the state has no {_words(key)}, which the program stores; it was made for another program")
+                raise ValueError(f"the state has no {words(key)}, which the program stores; it was made for another program")
             if tuple(held.shape) != spec.local_shape() or held.dtype != port.dtype:
                 raise ValueError(
-                    f"{_words(key)} is {held.dtype} of shape {tuple(held.shape)} in the state; the program stores "
+                    f"{words(key)} is {held.dtype} of shape {tuple(held.shape)} in the state; the program stores "
                     f"{port.dtype} of shape {spec.local_shape()}"
                 )
             tier = held.tier if isinstance(held, Parked) else "device"
             if tier != port.tier:
-                raise ValueError(f"{_words(key)} is on the tier {tier!r} in the state; the program keeps it on {port.tier!r}")
+                raise ValueError(f"{words(key)} is on the tier {tier!r} in the state; the program keeps it on {port.tier!r}")
 
     # -- plain tensors ------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class ProgramState:
 
     def to_model(self, model: nn.Module, groups: AxisGroups) -> None:
         """Copy parameters and buffers into a model, whole, on every rank. All ranks call it."""
-        for key, tensor in _named(model).items():
+        for key, tensor in named_tensors(model).items():
             if key in self.tensors:
                 full = self.full(key, groups)
                 if tensor.shape != full.shape:  # released
@@ -162,7 +163,7 @@ class ProgramState:
 
     def release_model(self, model: nn.Module) -> None:
         """Free the model's own copies of what this state holds pieces of; `to_model` gives them back. Until then they are empty."""
-        for key, tensor in _named(model).items():
+        for key, tensor in named_tensors(model).items():
             held = self.tensors.get(key)
             if isinstance(held, Parked) or (held is not None and tensor.data_ptr() != held.data_ptr()):
                 tensor.data = tensor.data.new_empty(0)
@@ -174,8 +175,7 @@ class ProgramState:
         misshapen entries; nothing is changed then.
         """
         if isinstance(source, Mapping):
-            described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in source.items()}
-            self._take(described, source.__getitem__, "the state dict")
+            self._take({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in source.items()}, source.__getitem__, "the state dict")
             return
         try:
             with safe_open(os.fspath(source), framework="pt") as file:
@@ -187,7 +187,9 @@ class ProgramState:
         except SafetensorError as error:
             raise CheckpointError(f"{source} is no readable safetensors file ({error}); it may be cut off or damaged") from error
 
-    def _take(self, described: Mapping[str, tuple[Any, tuple[int, ...]]], get: Callable[[str], torch.Tensor], where: str) -> None:
+    def _take(
+        self, described: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]], get: Callable[[str], torch.Tensor], where: str
+    ) -> None:
         """Check everything (name → dtype, shape), then take one tensor at a time."""
         given, plain = set(described), self.names.keys() | self.others.keys()
         # Of tied names one is enough.
@@ -224,7 +226,7 @@ class ProgramState:
         tensors = (self.others[n] if n in self.others else self.full(self.names[n], groups) for n in write_order(described))
         problem: CheckpointError | None = None
         if groups.rank == 0:
-            problem = _write_safetensors(Path(path), described, tensors)
+            problem = write_safetensors(Path(path), described, tensors)
         for _ in tensors:  # what rank 0 gathers needs all ranks, also where it could not write
             pass
 
@@ -356,71 +358,6 @@ class ProgramState:
         return Communicator(groups)
 
 
-def _named(model: nn.Module) -> dict[Key, torch.Tensor]:
-    """A model's parameters and buffers under all their names."""
-    named: dict[Key, torch.Tensor] = {("param", name, ""): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return named | {("buffer", name, ""): b for name, b in model.named_buffers(remove_duplicate=False)}
-
-
-def _plain_names(
-    model: nn.Module, program: LocalProgram, named: Mapping[Key, torch.Tensor]
-) -> tuple[dict[str, Key], dict[str, torch.Tensor]]:
-    """Entries of the model's state dict: those the program stores, and the others."""
-    key_of = {id(named[key]): key for key in program.stored if key in named}
-    entries = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    names = {name: key_of[id(value)] for name, value in entries.items() if id(value) in key_of}
-    return names, {name: value.detach() for name, value in entries.items() if id(value) not in key_of}
-
-
-def _optimizer_state(named: Mapping[Key, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[Key, torch.Tensor]:
-    """What a torch optimizer has gathered so far, by key."""
-    out: dict[Key, torch.Tensor] = {}
-    for (kind, fqn, _), param in named.items():
-        slots = optimizer.state.get(param, {}) if kind == "param" else {}
-        out |= {("state", fqn, slot): value for slot, value in slots.items() if isinstance(value, torch.Tensor) and slot != "step"}
-    return out
-
-
-def _step_counts(
-    program: LocalProgram, named: Mapping[Key, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    out: dict[str, torch.Tensor] = {}
-    for key in program.stored:
-        slots = optimizer.state.get(named[key], {}) if key[0] == "param" else {}
-        if "step" in slots:
-            out[key[1]] = torch.as_tensor(slots["step"], dtype=torch.float32).clone()
-        elif slots.get("momentum_buffer") is not None:
-            out[key[1]] = torch.ones(())  # SGD counts nothing; all that matters is that it is not the first step
-    return out
-
-
-def _piece(
-    port: Port, full: Mapping[Key, torch.Tensor], coords: tuple[int, ...], device: torch.device | None, share: bool
-) -> torch.Tensor:
-    """device: None: where the full tensor is. share: the piece may be (a view of) the full tensor where it is there already."""
-    assert port.spec is not None, f"{port.name} is stored without a layout"
-    tensor = full.get(port.key)
-    if tensor is None and port.kind == "state":
-        return torch.zeros(port.spec.local_shape(), dtype=port.dtype, device=device)
-    if tensor is None:
-        raise ValueError(f"the model has no {port.kind} {port.fqn!r}, which the program needs; it was made for another model")
-    if tuple(tensor.shape) != port.spec.shape or tensor.dtype != port.dtype:
-        raise ValueError(
-            f"{_words(port.key)} is {tensor.dtype} of shape {tuple(tensor.shape)} in the model; the program was made for "
-            f"{port.dtype} of shape {port.spec.shape}"
-        )
-    piece = port.spec.shard(tensor, coords)
-    if device is None:
-        return piece
-    # A copy, since updates work in place, unless the model may change with us.
-    return piece.to(device, copy=not (share and piece.numel() == tensor.numel()))
-
-
-def _words(key: Key) -> str:
-    kind, fqn, slot = key
-    return f"{slot} of {fqn!r}" if kind == "state" else f"{kind} {fqn!r}"
-
-
 def _shape_of(held: torch.Tensor | Parked) -> torch.Tensor:
     """A tensor of a shape that takes no memory."""
     return torch.zeros((), dtype=held.dtype, device=held.device).expand(held.shape)
@@ -428,23 +365,3 @@ def _shape_of(held: torch.Tensor | Parked) -> torch.Tensor:
 
 def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
-
-
-def _write_safetensors(path: Path, described: Mapping[str, Described], tensors: Iterator[torch.Tensor]) -> CheckpointError | None:
-    """Write a file of `tensors`, in its order; what went wrong with the file. Errors of the tensors themselves are raised."""
-    writer: SafetensorsWriter | None = None
-    try:
-        try:
-            writer = SafetensorsWriter(path, described)
-            for tensor in tensors:
-                writer.add(tensor)
-                del tensor  # before the next one is made
-            writer.close()
-        finally:
-            if writer is not None:
-                writer.give_up()
-    except OSError as error:
-        problem = CheckpointError(f"cannot write {path}: {error}; what was there before is unchanged")
-        problem.__cause__ = error
-        return problem
-    return None

@@ -17,27 +17,24 @@ The content of a tier is scratch: it is worth nothing after the process. A check
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .disk import DiskFile, DiskPlace, TierError
-from .workers import Work, Workers
+from .copies import ThreadCopies
+from .cuda_copies import StreamCopies
+from .disk import DiskFile, TierError
+from .parked import TIERS, Fetching, Parked, Parking, Place, Updating
+from .workers import Workers
 
 if TYPE_CHECKING:
     from .update import Updater
 
 __all__ = ["TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating"]
-
-# Beside the device, from near to far. These are also names of memory pools.
-TIERS = ("host", "disk")
-
 
 # ---------------------------------------------------------------------------------------------------------------- names in graphs
 
@@ -92,136 +89,6 @@ def updated(updating: Updating) -> list[Parked]:
     return updating.updated()
 
 
-# ------------------------------------------------------------------------------------------------------------------ what they yield
-
-
-class Place(Protocol):
-    """Where a tensor's bytes are in a tier."""
-
-    num_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class HostPlace:
-    """A tensor in host memory."""
-
-    num_bytes: int
-    tensor: torch.Tensor
-
-
-@dataclass(slots=True, eq=False)
-class NoPlace:
-    """A place without content: of a tensor on the device "meta"."""
-
-    num_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class _Use:
-    """Who is at work on a place now."""
-
-    writing: Work | None = None
-    reading: list[Work] | None = None
-
-
-class Parked:
-    """A tensor stored in a tier: its layout, where it came from, and its place."""
-
-    __slots__ = ("device", "dtype", "place", "shape", "stride", "tier", "use")
-
-    def __init__(self, like: torch.Tensor, tier: str, place: Any, device: torch.device) -> None:
-        self.shape = like.shape
-        self.stride = like.stride()
-        self.dtype = like.dtype
-        self.device = device
-        self.tier = tier
-        self.place = place
-        self.use = _Use()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor, and of its pool that it takes."""
-        return self.place.num_bytes
-
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.shape.numel()
-
-    def empty(self, device: torch.device | None = None) -> torch.Tensor:
-        """New memory with the tensor's layout."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device or self.device)
-
-    def __repr__(self) -> str:
-        return f"Parked({self.dtype}, {tuple(self.shape)}, {self.tier})"
-
-
-class Parking:
-    """A tensor on its way into a tier. held: what must live on the device until then."""
-
-    __slots__ = ("_parked", "_work", "held")
-
-    def __init__(self, parked: Parked, work: Work | None, held: Sequence[torch.Tensor]) -> None:
-        self._parked = parked
-        self._work = work
-        self.held = tuple(held)
-
-    @property
-    def parked(self) -> Parked:
-        """What it will be; incomplete before `settle`."""
-        return self._parked
-
-    @property
-    def works(self) -> tuple[Work, ...]:
-        """What to wait for."""
-        return () if self._work is None else (self._work,)
-
-    def settle(self) -> Parked:
-        """See the function of this name."""
-        self.held = ()
-        if self._work is not None:
-            self._work.wait()
-        return self._parked
-
-
-class Fetching:
-    """A tensor on its way to the device. held: its memory there."""
-
-    __slots__ = ("_work", "held")
-
-    def __init__(self, tensor: torch.Tensor, work: Work | None) -> None:
-        self._work = work
-        self.held = (tensor,)
-
-    def arrive(self) -> torch.Tensor:
-        """See the function of this name."""
-        if self._work is not None:
-            self._work.wait()
-        return self.held[0]
-
-
-class Updating:
-    """An update on its way. results: what it yields. grads: the gradients, alive until then."""
-
-    __slots__ = ("_results", "_work", "grads")
-
-    def __init__(self, results: list[Parked], work: Work | None, grads: list[Any]) -> None:
-        self._results = results
-        self._work = work
-        self.grads = grads
-
-    @property
-    def parts(self) -> list[Any]:
-        """Everything it keeps alive."""
-        return [*self._results, *self.grads]
-
-    def updated(self) -> list[Parked]:
-        """See the function of this name."""
-        self.grads = []
-        if self._work is not None:
-            self._work.wait()
-        return self._results
-
-
 # ----------------------------------------------------------------------------------------------------------------------- the store
 
 
@@ -262,11 +129,12 @@ class TierStore:
 
     def __init__(self, options: TierOptions | None = None) -> None:
         self.options = options or TierOptions()
-        self._copied = [0, 0]
+        self._offloaded_bytes = 0
+        self._fetched_bytes = 0
         self._io = Workers(self.options.num_io_threads, "tier copies")
         self._updates = Workers(min(self.options.num_io_threads, 1), "host update")
         self._disk: DiskFile | None = None
-        self._counting = threading.Lock()
+        self._by_device: dict[torch.device, ThreadCopies | StreamCopies] = {}
 
     def bindings(self, updater: Updater | None) -> dict[Callable[..., Any], Callable[..., Any]]:
         """What an executor calls instead of the graph's functions. updater: may be None where nothing has data."""
@@ -279,9 +147,8 @@ class TierStore:
 
     @property
     def copied(self) -> tuple[int, int]:
-        """Bytes copied into the tiers and out of them so far."""
-        with self._counting:
-            return (self._copied[0], self._copied[1])
+        """Bytes whose copy into the tiers and out of them was started so far."""
+        return (self._offloaded_bytes, self._fetched_bytes)
 
     @property
     def disk(self) -> DiskFile:
@@ -302,8 +169,7 @@ class TierStore:
     def offload(self, x: torch.Tensor, tier: str, device: torch.device | None = None) -> Parking:
         """See the function of this name. device: where it is fetched to; where it is now unless given."""
         x = x if _is_dense(x) else x.contiguous()
-        parked = self.reserve(x, tier, device or x.device)
-        return self._write(parked, x)
+        return self._write(self.reserve(x, tier, device or x.device), x)
 
     def write_back(self, parked: Parked, x: torch.Tensor) -> Parking:
         """See the function of this name. Raises ValueError where `x` does not fit."""
@@ -314,55 +180,37 @@ class TierStore:
         return self._write(parked, x)
 
     def fetch(self, parked: Parked, device: torch.device | None = None) -> Fetching:
-        """See the function of this name. device: where to; where it came from unless given."""
-        into = parked.empty(device)
+        """See the function of this name. device: where to; where it belongs unless given."""
+        into, place = parked.empty(device), parked.place
         if into.device.type == "meta":
             return Fetching(into, None)
-        use = parked.use
-        work = self._io.submit(functools.partial(self._read_now, parked, into), [use.writing] if use.writing else [])
-        use.reading = [other for other in use.reading or () if not other.is_done] + [work]
-        return Fetching(into, work)
+        copy = self._copies(into.device).read(place, into, [place.writing] if place.writing is not None else [])
+        place.read_by(copy)
+        self._fetched_bytes += parked.num_bytes
+        return Fetching(into, copy)
 
     def reserve(self, like: torch.Tensor, tier: str, device: torch.device) -> Parked:
         """A place for a tensor like this one; its content comes later. Raises TierError without room, ValueError on another tier."""
         if tier not in TIERS:
             raise ValueError(f"there is no tier {tier!r} beside the device; there are {TIERS}")
         num_bytes = like.numel() * like.element_size()
-        place: Place
         if device.type == "meta":
-            place = NoPlace(num_bytes)
-        elif tier == "host":
-            place = HostPlace(num_bytes, torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu"))
-        else:
-            place = self.disk.place(num_bytes)
+            return Parked(like, tier, Place(num_bytes), device)
+        place = self._copies(device).host_place(like, num_bytes) if tier == "host" else self.disk.place(num_bytes)
         return Parked(like, tier, place, device)
 
     def _write(self, parked: Parked, x: torch.Tensor) -> Parking:
         if parked.device.type == "meta":
             return Parking(parked, None, (x,))
-        use = parked.use
-        before = [work for work in (use.writing, *(use.reading or ())) if work is not None]
-        use.writing = self._io.submit(functools.partial(self._write_now, parked, x), before)
-        use.reading = None
-        return Parking(parked, use.writing, (x,))
+        copy = self._copies(x.device).write(parked.place, x, parked.place.copies)
+        parked.place.written_by(copy)
+        self._offloaded_bytes += parked.num_bytes
+        return Parking(parked, copy, (x,))
 
-    def _write_now(self, parked: Parked, x: torch.Tensor) -> None:
-        with torch.no_grad():
-            if isinstance(parked.place, DiskPlace):
-                parked.place.file.write(parked.place, memory_of(x))
-            else:
-                parked.place.tensor.copy_(x)
-        with self._counting:
-            self._copied[0] += parked.num_bytes
-
-    def _read_now(self, parked: Parked, into: torch.Tensor) -> None:
-        with torch.no_grad():
-            if isinstance(parked.place, DiskPlace):
-                parked.place.file.read(parked.place, memory_of(into))
-            else:
-                into.copy_(parked.place.tensor)
-        with self._counting:
-            self._copied[1] += parked.num_bytes
+    def _copies(self, device: torch.device) -> ThreadCopies | StreamCopies:
+        if device not in self._by_device:
+            self._by_device[device] = StreamCopies(device, self._io) if device.type == "cuda" else ThreadCopies(self._io)
+        return self._by_device[device]
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
@@ -384,12 +232,15 @@ class TierStore:
             if parked.tier != "host":
                 raise ValueError(f"{parked} cannot be updated on the CPU where it is; parameters, gradients and states must be on the host")
         if params and params[0].device.type == "meta":
-            return Updating(results, None, list(grads))
+            return Updating(results, None, grads)
+        loss_ready = torch.cuda.current_stream(loss.device).record_event() if loss is not None and loss.is_cuda else None
 
         def run() -> None:
             for grad in grads:
-                for work in grad.works if isinstance(grad, Parking) else ():
-                    work.wait()  # raises where the gradient has not arrived
+                if isinstance(grad, Parking) and grad.copy is not None:
+                    grad.copy.wait()  # raises where the gradient has not arrived
+            if loss_ready is not None:
+                loss_ready.synchronize()
             assert updater is not None, "an update of data has an updater"
             with torch.no_grad():
                 new = updater.fused_update(
@@ -400,10 +251,10 @@ class TierStore:
                     if value.data_ptr() != parked.place.tensor.data_ptr():
                         parked.place.tensor.copy_(value)
 
-        work = self._updates.submit(run, [work for parked in (*results, *sources) for work in _uses(parked)])
+        work = self._updates.submit(run, [copy for parked in (*results, *sources) for copy in parked.place.copies])
         for parked in results:
-            parked.use.writing, parked.use.reading = work, None
-        return Updating(results, work, list(grads))
+            parked.place.written_by(work)
+        return Updating(results, work, grads)
 
     # -- outside of a program, at once -----------------------------------------------------------------------------------
 
@@ -420,11 +271,6 @@ class TierStore:
         settle(self.write_back(parked, x.detach()))
 
 
-def _uses(parked: Parked) -> list[Work]:
-    use = parked.use
-    return [work for work in (use.writing, *(use.reading or ())) if work is not None]
-
-
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in any order of dims."""
     expected = 1
@@ -433,13 +279,3 @@ def _is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a dense CPU tensor, in the order of its memory. Keeps the tensor alive."""
-    num_bytes = tensor.numel() * tensor.element_size()
-    if num_bytes == 0:
-        return memoryview(b"")
-    array = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
-    array.tensor = tensor  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")

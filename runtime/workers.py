@@ -13,15 +13,17 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 
+from .parked import Copy
+
 
 class Work:
     """Something a thread does. What it needs is let go before it counts as done."""
 
     __slots__ = ("_after", "_done", "_error", "_run")
 
-    def __init__(self, run: Callable[[], None], after: Sequence[Work] = ()) -> None:
+    def __init__(self, run: Callable[[], None], after: Sequence[Copy] = ()) -> None:
         self._run: Callable[[], None] | None = run
-        self._after: Sequence[Work] = after
+        self._after: Sequence[Copy] = after
         self._done = threading.Event()
         self._error: BaseException | None = None
 
@@ -37,12 +39,21 @@ class Work:
             # Not itself: with the frames it is raised through it would keep alive whatever they hold, this work included.
             raise copy.copy(self._error) from self._error
 
+    def finish(self) -> None:
+        """Return when it is done, well or not."""
+        self._done.wait()
+
+    join = wait
+
+    def abandon(self) -> None:
+        """Nobody waits for it: it goes on, and keeps alive what it needs."""
+
     def carry_out(self) -> None:
         """Do it now, on this thread. Raises nothing: `wait` does."""
         assert self._run is not None, "work is done once"
         try:
             for other in self._after:
-                other._done.wait()  # its error is its own waiter's
+                other.finish()  # its error is its own waiter's
             self._run()
         except BaseException as error:
             self._error = _without_frames(error)
@@ -70,7 +81,7 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._stop = weakref.finalize(self, _stop, self._queue, self._threads)
 
-    def submit(self, run: Callable[[], None], after: Sequence[Work] = ()) -> Work:
+    def submit(self, run: Callable[[], None], after: Sequence[Copy] = ()) -> Work:
         """Have `run()` called once all of `after` is done."""
         work = Work(run, [other for other in after if not other.is_done])
         if self.num_threads == 0:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opweave.runtime import disk
+from opweave.runtime import copies
+from opweave.runtime.copies import chunks_of
 from opweave.runtime.disk import ALIGN_BYTES, DiskFile, Extents, TierError
-from opweave.runtime.tiers import memory_of
 
 
 def data(num_bytes, seed=0):
@@ -21,13 +21,13 @@ def data(num_bytes, seed=0):
 
 def written(file, values):
     place = file.place(len(values))
-    file.write(place, memory_of(values))
+    file.write(place, chunks_of(values))
     return place
 
 
 def read(file, place):
     out = torch.empty(place.num_bytes, dtype=torch.uint8)
-    file.read(place, memory_of(out))
+    file.read(place, chunks_of(out))
     return out
 
 
@@ -137,10 +137,10 @@ def test_a_write_that_fails_leaves_nothing_to_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(TierError, match=r"cannot write 5000 bytes at 0 of the disk tier in .*No space left.*load the last checkpoint"):
-            file.write(place, memory_of(data(5000, 1)))
+            file.write(place, chunks_of(data(5000, 1)))
     with pytest.raises(TierError, match=r"5000 bytes in the disk tier in .* was never completely written"):
         read(file, place)
-    file.write(place, memory_of(data(5000, 2)))
+    file.write(place, chunks_of(data(5000, 2)))
     assert torch.equal(read(file, place), data(5000, 2))
 
 
@@ -149,7 +149,7 @@ def test_copies_go_on_after_short_ones(tmp_path, monkeypatch):
     write, fill = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, chunk, at: write(fd, chunk[:700], at))
     monkeypatch.setattr(os, "preadv", lambda fd, chunks, at: fill(fd, [chunks[0][:900]], at))
-    monkeypatch.setattr(disk, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(copies, "CHUNK_BYTES", 2048)
     file = DiskFile(tmp_path)
     assert torch.equal(read(file, written(file, data(5000))), data(5000))
 
@@ -176,4 +176,4 @@ def test_a_closed_file_is_not_another_file(tmp_path):
     place = written(file, data(10))
     file.close()
     with (tmp_path / "other").open("w+b"), pytest.raises(TierError, match="Bad file descriptor"):
-        file.write(place, memory_of(data(10)))
+        file.write(place, chunks_of(data(10)))

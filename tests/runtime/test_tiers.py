@@ -10,7 +10,8 @@ import zlib
 
 import pytest
 import torch
-from opweave.runtime import disk, tiers, update
+from opweave.runtime import copies, disk, tiers, update
+from opweave.runtime.copies import memory_of
 from opweave.runtime.dry_run import dry_run
 from opweave.runtime.execute import Executor, MemoryLimitError, check_updates_last
 from opweave.runtime.groups import AxisGroups
@@ -18,7 +19,7 @@ from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
-from opweave.runtime.tiers import TierError, TierOptions, TierStore, arrive, memory_of, settle
+from opweave.runtime.tiers import TierError, TierOptions, TierStore, arrive, settle
 from torch import fx
 
 from .programs import aten, batches, optimizer_of
@@ -210,13 +211,13 @@ def test_wrong_tiers_and_shapes():
 def test_an_overwrite_waits_for_the_copies_before_it(tier, monkeypatch):
     store = TierStore()
     parked = store.park(torch.zeros(1000), tier)
-    read = TierStore._read_now
+    read = copies._read
 
-    def slow(self, *args):
+    def slow(*args):
         time.sleep(0.05)
-        read(self, *args)
+        read(*args)
 
-    monkeypatch.setattr(TierStore, "_read_now", slow)
+    monkeypatch.setattr(copies, "_read", slow)
     fetching = store.fetch(parked)
     parking = store.write_back(parked, torch.ones(1000))
     after = store.fetch(settle(parking))
