@@ -42,6 +42,7 @@ def compile(
     mesh: tuple[int, ...] | None = None,
     force: str | None = None,
     memory_limit: Any = None,
+    places: str = "auto",
     disk_path: str | os.PathLike[str] | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -54,6 +55,7 @@ def compile(
     AdamW. loss_fn(model, batch): the loss, or (loss, extras...); default: the model's own. clip_grad_norm: max_norm. autocast: dtype of the
     forward pass. mesh: devices per mesh axis (default: the planner chooses). force: an expert's recipe ("ddp", "zero3", "megatron",
     ...; see `compiler.force`). memory_limit: bytes per device, or per pool: "device=4GiB,host=32GiB,disk=100GiB" (see `compiler.limits`).
+    places: a recipe of others for what lives where ("keep", "checkpoint", "offload-all", ...; see `compiler.place_recipes`).
     disk_path: folder for what the plan puts on disk (default: the system's temporary one). plan: run this plan (or the one in this file)
     instead of making one.
     seed: of dropout. keep_model: the model's own tensors stay as they are until `to_model()`; with False the step takes them over,
@@ -64,8 +66,8 @@ def compile(
     loaded = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
     options = StepOptions(
         loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast, mesh=mesh, force=force,
-        memory_limit=memory_limit, disk_path=disk_path, plan=loaded, seed=seed, device=device, cluster_given=cluster is not None,
-        keep_model=keep_model,
+        memory_limit=memory_limit, places=places, disk_path=disk_path, plan=loaded, seed=seed, device=device,
+        cluster_given=cluster is not None, keep_model=keep_model,
     )  # fmt: skip
     return TrainingStep(model, resolve_cluster(cluster), options, _make)
 
@@ -82,13 +84,15 @@ def plan(
     mesh: tuple[int, ...] | None = None,
     force: str | None = None,
     memory_limit: Any = None,
+    places: str = "auto",
     time_limit_s: float = 60.0,
 ) -> Plan:
     """Plan without running: no GPU and no process group, and a model on the meta device is enough. Arguments as for `compile`."""
     analysis, seconds = _analysed(model, batch, loss_fn, optimizer, clip_grad_norm, autocast)
     return plan_step(
-        analysis, resolve_cluster(cluster), mesh=mesh, force=force, memory_limit=memory_limit, time_limit_s=time_limit_s, capture_s=seconds
-    )
+        analysis, resolve_cluster(cluster), mesh=mesh, force=force, memory_limit=memory_limit, places=places, time_limit_s=time_limit_s,
+        capture_s=seconds,
+    )  # fmt: skip
 
 
 def _make(step: TrainingStep, batch: Any) -> None:
@@ -103,8 +107,9 @@ def _make(step: TrainingStep, batch: Any) -> None:
 
     def make() -> dict[str, Any]:
         made = plan_step(
-            analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, time_limit_s=o.time_limit_s, capture_s=seconds
-        )
+            analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, places=o.places, time_limit_s=o.time_limit_s,
+            capture_s=seconds,
+        )  # fmt: skip
         return made.to_dict()
 
     # One rank plans for all: the solver has a time limit, so two of them need not end at the same plan.

@@ -28,6 +28,7 @@ from .choices import ChoiceGraph, build_choices
 from .force import restriction
 from .limits import Limits, memory_limits
 from .lower import lower
+from .place_recipes import AUTO, NO_PLACES, check_recipe
 from .plan import Plan
 from .pricing import SIDE, Pricer
 from .problem import ProblemBuilder, SelectionProblem
@@ -52,16 +53,18 @@ class DoesNotFitError(ValueError):
 
 def plan_step(
     analysis: Analysis, cluster: Cluster, *, mesh: tuple[int, ...] | None = None, force: str | None = None,
-    memory_limit: Any = None, time_limit_s: float = 60.0, capture_s: float = 0.0,
+    memory_limit: Any = None, places: str = AUTO, time_limit_s: float = 60.0, capture_s: float = 0.0,
 ) -> Plan:  # fmt: skip
     """The cheapest plan over the mesh candidates that fits the memory.
 
-    memory_limit: see `limits.memory_limits`. Raises DoesNotFitError, and ValueError for a mesh that is not the cluster's size.
+    memory_limit: see `limits.memory_limits`. places: see `place_recipes`. Raises DoesNotFitError, and ValueError for a mesh that is not
+    the cluster's size or a recipe that does not exist.
     """
     started = time.perf_counter()
     limits = memory_limits(memory_limit, cluster)
+    check_recipe(places, [pool for pool in limits if pool != DEVICE])
     meshes = [_checked(mesh_of(mesh), cluster)] if mesh is not None else cluster.mesh_candidates()
-    search = _Search(analysis, cluster, force, limits, time_limit_s)
+    search = _Search(analysis, cluster, force, limits, time_limit_s, places)
     best, memory = search.run(meshes)
     plan = record(analysis, cluster, best, search.found, force, search.times, memory)
     plan.limits = limits
@@ -90,6 +93,7 @@ class _Search:
     force: str | None
     limits: Limits
     time_limit_s: float
+    places: str = AUTO
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "strategies", "pricing", "solve", "verify"), 0.0))
     found: list[Candidate] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -119,7 +123,7 @@ class _Search:
         self.found.append(candidate)
         out = _Mesh(mesh, graph, candidate.solution.lower_bound)
         memory = self._dry_run(candidate)
-        if not self._over(memory):
+        if self.places in (AUTO, NO_PLACES) and not self._over(memory):
             out.best, out.memory = candidate, memory
         return out
 
@@ -127,7 +131,7 @@ class _Search:
         """Find the best plan of a mesh that fits."""
         if mesh.best is not None:
             return
-        for places in (False, True):
+        for places in {AUTO: (False, True), NO_PLACES: (False,)}.get(self.places, (True,)):
             self._fit(mesh, places)
             if mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
                 return
@@ -142,7 +146,7 @@ class _Search:
         for _ in range(_MAX_TRIES):
             candidate = self._solve(mesh.mesh, mesh.graph, limits, places=places)
             if candidate.solution.status == "infeasible":
-                if places:
+                if places or self.places == NO_PLACES:
                     self.refused.append(f"mesh {show_mesh(mesh.mesh)}: {self._reason(candidate.solution.reason, limits)}")
                 return
             if mesh.best is not None and candidate.solution.lower_bound >= mesh.best.solution.objective:
@@ -158,7 +162,7 @@ class _Search:
                 limits[pool] -= 1.05 * excess
             if min(limits.values()) <= 0:
                 break
-        if places:
+        if places or self.places == NO_PLACES:
             self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {memory.peak_bytes:,} bytes at {memory.at}")
 
     def _over(self, memory: MemoryReport) -> dict[str, float]:
@@ -174,7 +178,7 @@ class _Search:
 
     def _solve(self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool) -> Candidate:
         t0 = time.perf_counter()
-        priced = Pricer(graph, self.cluster, limits, places=places).price()
+        priced = Pricer(graph, self.cluster, limits, places=places, recipe=self.places).price()
         t1 = time.perf_counter()
         solution = _solution(priced.problem, self.time_limit_s)
         self.times["pricing"] += t1 - t0

@@ -28,13 +28,13 @@ from ..cost_model.transfers import cpu_update_seconds, transfer_coefficients
 from .choices import Choice
 from .layout import num_pieces
 from .lower_updates import due_after
+from .place_recipes import AUTO, DROP, place_restriction
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
 from .rule import tensor_args
 
 if TYPE_CHECKING:
     from .pricing import Pricer
 
-DROP = "drop"
 CPU = "cpu"
 _FORBIDDEN = float("inf")
 _LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
@@ -65,11 +65,13 @@ class PlacePricer:
     """Adds the nodes of places to a pricer's problem. `units` and `params` have them from `__init__` on, so that the pricer leaves their
     memory to them."""
 
-    def __init__(self, pricer: Pricer, tiers: Sequence[str]) -> None:
+    def __init__(self, pricer: Pricer, tiers: Sequence[str], recipe: str = AUTO) -> None:
+        """tiers: pools beside the device's. recipe: see `place_recipes`."""
         self._pricer = pricer
         self._graph = pricer.graph
         self._cluster: Cluster = pricer.cluster
         self._tiers = tuple(tiers)
+        self._recipe = recipe
         self.uses = Uses(pricer.graph.step)
         self._order = self.uses.order
         self._end = len(self._order)
@@ -103,6 +105,7 @@ class PlacePricer:
     def add(self) -> list[PlaceNode]:
         """Add all nodes, edges and memory; called once the choices have theirs."""
         self._clock = self._running_seconds()
+        self._allowed = place_restriction(self._recipe, self.uses, self.units, self._seconds_of, self._tiers)
         self._needed, self._needed_by_block = self._first_needs()
         for unit, num_bytes in self.units.items():
             self._unit(unit, num_bytes)
@@ -120,6 +123,11 @@ class PlacePricer:
             if choice is not None:
                 seconds[at + 1] = float(self._pricer.op_seconds[choice.index].min())
         return np.cumsum(seconds)
+
+    def _seconds_of(self, unit: fx.Node) -> float:
+        """An op at its fastest."""
+        at = self._order[unit]
+        return float(self._clock[at + 1] - self._clock[at])
 
     def _at(self, seconds: float) -> int:
         """The position at which the computation has taken so long."""
@@ -155,6 +163,7 @@ class PlacePricer:
         places = [KEEP, RECOMPUTE] if self.uses.later[unit] else [DROP, RECOMPUTE, KEEP]
         if self.uses.later[unit]:
             places += self._tiers
+        places = self._allowed.of_unit(unit, places)
         options = [(c, place) for c in classes for place in places]
         local = np.array([num_bytes / c for c, _ in options])
         streams = {}
@@ -234,7 +243,7 @@ class PlacePricer:
             out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
         if HOST in self._tiers and self._cluster.device.kind != "cpu":
             out.append(StatePlace(HOST, HOST, HOST))
-        return out
+        return self._allowed.of_state(out)
 
     def _param(self, param: fx.Node, op: fx.Node) -> None:
         """A parameter with its optimizer state."""

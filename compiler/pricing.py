@@ -25,6 +25,7 @@ from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
+from .place_recipes import AUTO
 from .price_places import PlaceNode, PlacePricer, streams_of
 from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, steps
@@ -127,8 +128,11 @@ class PricedProblem:
 class Pricer:
     """Turns a choice graph into numbers."""
 
-    def __init__(self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False) -> None:
-        """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for."""
+    def __init__(
+        self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO
+    ) -> None:  # fmt: skip
+        """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for, as far
+        as the recipe leaves a choice (`place_recipes`)."""
         self.graph = graph
         self.cluster = cluster
         self.mesh = graph.mesh
@@ -144,7 +148,7 @@ class Pricer:
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
-        self._places = PlacePricer(self, tiers) if places else None
+        self._places = PlacePricer(self, tiers, recipe) if places else None
 
     def price(self) -> PricedProblem:
         """Nodes, links, memory."""

@@ -38,6 +38,7 @@ class StepOptions:
     mesh: tuple[int, ...] | None = None
     force: str | None = None
     memory_limit: Any = None
+    places: str = "auto"
     disk_path: str | os.PathLike[str] | None = None
     plan: Plan | None = None
     seed: int = 0
