@@ -132,6 +132,8 @@ def take_turns(
                 _barrier()
                 begin = time.perf_counter()
                 step(batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 times.append(time.perf_counter() - begin)
     return [[max(ranks) for ranks in zip(*by_rank, strict=True)] for by_rank in zip(*_from_all(mine), strict=True)]
 
@@ -293,7 +295,7 @@ def main() -> int:
     """Command line. Exit status 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--models", default=",".join(prediction_models.BY_NAME))
+    parser.add_argument("--models", default=",".join(prediction_models.NAMES))
     parser.add_argument("--clusters", type=Path, help="folder of calibrated cluster files, cluster-RANKS.json; made where missing")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("-o", "--output", type=Path, help="result file; rows of other models and ranks in it are kept")

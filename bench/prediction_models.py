@@ -143,7 +143,52 @@ CASES = (
     ),
 )  # fmt: skip
 
-BY_NAME = {case.name: case for case in CASES}
+# The same families in sizes that occupy a GPU, for `bench.gpu_calibration`.
+GPU_CASES = (
+    Case(name="gpu-mlp", make=_module(zoo_modules.Mlp, width=4096, depth=8, num_classes=1024), make_batch=_own(4096), batch_size=4096),
+    Case(
+        name="gpu-opt", make_batch=_tokens(1024), batch_size=8,
+        make=_transformers(
+            "OPTConfig", "OPTForCausalLM", hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, ffn_dim=4096,
+            word_embed_proj_dim=1024, vocab_size=50272, max_position_embeddings=2048, dropout=0.0, use_cache=False,
+        ),
+    ),
+    Case(
+        name="gpu-gpt2", make_batch=_tokens(1024), batch_size=8,
+        make=_transformers(
+            "GPT2Config", "GPT2LMHeadModel", n_embd=768, n_layer=12, n_head=12, vocab_size=50257, n_positions=1024, attn_pdrop=0.0,
+            resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
+        ),
+    ),
+    Case(
+        name="gpu-llama", make_batch=_tokens(1024), batch_size=8,
+        make=_transformers(
+            "LlamaConfig", "LlamaForCausalLM", hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4,
+            intermediate_size=2816, vocab_size=32000, max_position_embeddings=2048, use_cache=False,
+        ),
+    ),
+    Case(
+        name="gpu-bert", make_batch=_tokens(512), batch_size=16,
+        make=_transformers(
+            "BertConfig", "BertForMaskedLM", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            vocab_size=30522, max_position_embeddings=512, **_NO_DROPOUT,
+        ),
+    ),
+    Case(
+        name="gpu-vit", make_batch=_images(224), batch_size=64,
+        make=_transformers(
+            "ViTConfig", "ViTForImageClassification", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            patch_size=16, image_size=224, num_labels=1000, **_NO_DROPOUT,
+        ),
+    ),
+    Case(
+        name="gpu-resnet", make=_transformers("ResNetConfig", "ResNetForImageClassification", num_labels=1000), make_batch=_images(224),
+        batch_size=64,
+    ),
+)  # fmt: skip
+
+NAMES = tuple(case.name for case in CASES)
+BY_NAME = {case.name: case for case in (*CASES, *GPU_CASES)}
 
 
 def load(name: str, batch_size: int | None = None) -> tuple[nn.Module, Batch]:

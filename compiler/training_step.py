@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from ..cost_model.cluster import Cluster
 from ..runtime.execute import Executor
 from ..runtime.groups import AxisGroups
+from ..runtime.profile import Profile, Read, profile_steps, record
 from ..runtime.program import LocalProgram, shard_inputs
 from ..runtime.state import ProgramState
 from ..runtime.tiers import TierOptions
@@ -135,6 +138,25 @@ class TrainingStep:
         assert self.executor is not None and self.program is not None
         pieces = shard_inputs(self.program, self._inputs(batch), self.executor.groups.coords)
         return self._finish(self.executor.run(pieces))
+
+    def profile(self, batch: Any, path: str | os.PathLike[str] | None = None, *, steps: int = 10) -> Profile:
+        """Train some steps with a clock: step time, peak, and when each instruction ran. All ranks call it.
+
+        path: where rank 0 writes the recording, Chrome/Perfetto trace JSON that `opweave compare PLAN --profile FILE` reads too.
+        """
+        executor = self.prepare(batch).executor
+        assert executor is not None and self.program is not None
+        program = self.program
+
+        def recorded() -> list[Read]:
+            outputs, spans = record(executor, shard_inputs(program, self._inputs(batch), executor.groups.coords))
+            self._finish(outputs)
+            return spans
+
+        made = profile_steps(executor, lambda: self(batch), recorded, steps)
+        if path is not None and not any(executor.groups.coords):
+            Path(path).write_text(json.dumps(made.to_dict()))
+        return made
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
         assert self.analysis is not None

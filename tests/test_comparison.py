@@ -1,9 +1,12 @@
 """Predicted against measured on a real, tiny plan of one device; and the commands around it."""
 
+import itertools
 import json
 
+import opweave as ow
 import pytest
-from opweave import cli, comparison
+import torch
+from opweave import cli, comparison, zoo
 from typer.testing import CliRunner
 
 
@@ -41,6 +44,25 @@ def test_compare_runs_records_and_reads_back(plan_file, tmp_path):
     assert classes["matmul"]["measured_s"] > 0 and classes["update"]["predicted_s"] > 0
     again = json.loads(run("compare", plan_file, "--profile", tmp_path / "p.json", "--json")[1])
     assert again["measured"] == report["measured"]
+
+
+def test_a_step_records_itself_and_compare_reads_the_recording(plan_file, tmp_path):
+    path = tmp_path / "recorded.json"
+    model, batch = zoo.load("opt-tiny", (4, 16))
+    step = ow.compile(model, "cpu", optimizer=torch.optim.AdamW(model.parameters()), plan=plan_file)
+    before = {name: p.clone() for name, p in step.prepare(batch).to_model().named_parameters()}
+    profile = step.profile(batch, path, steps=2)
+    assert step.num_steps == 2 + 2 + 3, "every recorded step is a step of training"
+    assert any(not torch.equal(p, before[name]) for name, p in step.to_model().named_parameters())
+    events = json.loads(path.read_text())["traceEvents"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"compute"}
+    assert {e["name"] for e in spans} == set(profile.seconds) and all(e["dur"] >= 0 for e in spans)
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(spans)), "one instruction at a time, in order"
+    report = json.loads(run("compare", plan_file, "--profile", path, "--json")[1])
+    assert report["measured"]["step_time_s"] == profile.step_time_s and report["peak_error"] == 0
+    with pytest.raises(ValueError, match="a profile of 0 steps has nothing in it"):
+        step.profile(batch, steps=0)
 
 
 def test_compare_refuses_what_is_no_profile(plan_file, tmp_path):
