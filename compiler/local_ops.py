@@ -168,13 +168,24 @@ def _own_rows(e: Emitter, index: Any, axes: tuple[int, ...], size: int) -> tuple
     return e.op(aten.mul.Tensor, index, mine), mine
 
 
+def _outside(e: Emitter, index: Any, size: int) -> Any:
+    """Which indices are no row of the whole, so that no device owns them.
+
+    Where nothing is split the kernels raise IndexError. Raised by the devices that hold such an index it would leave the others waiting;
+    so it makes the result NaN on all of them, and the step is refused everywhere as one with a non-finite loss, before any update.
+    """
+    return e.op(aten.ne.Tensor, index, e.op(aten.clamp.default, index, 0, size - 1))
+
+
 def embedding(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     axes = cut.operand_axes(0, 0)
     if not axes:
         return plain(e, cut, args, kwargs)
     index, mine = _own_rows(e, args[1], axes, cut.operand_shape(0)[0])
     rows = e.op(aten.embedding.default, args[0], index)
-    return e.op(aten.mul.Tensor, rows, e.op(aten.unsqueeze.default, mine, -1))
+    scale = e.op(aten._to_copy.default, mine, dtype=cut.operand_dtype(0))
+    scale = e.op(aten.masked_fill.Scalar, scale, _outside(e, args[1], cut.operand_whole(0)[0]), math.nan)
+    return e.op(aten.mul.Tensor, rows, e.op(aten.unsqueeze.default, scale, -1))
 
 
 def embedding_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
@@ -300,6 +311,8 @@ def nll_loss(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
         counted = e.op(aten.ne.Scalar, target, ignore)
         picked = e.op(aten.gather.default, logp, classes, e.op(aten.unsqueeze.default, index, classes))
         picked = e.op(aten.mul.Tensor, e.op(aten.squeeze.dim, picked, classes), e.op(aten.logical_and.default, mine, counted))
+        wrong = e.op(aten.logical_and.default, counted, _outside(e, target, cut.operand_whole(0)[classes]))
+        picked = e.op(aten.masked_fill.Scalar, picked, wrong, math.nan)
         loss = e.op(aten.neg.default, e.op(aten.sum.default, picked))
         weight = e.op(aten.sum.default, e.op(aten._to_copy.default, counted, dtype=cut.operand_dtype(0)))
     weight = e.all_reduce(weight, batch, "sum") if batch else weight

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.pop(name, None)  # from here on this process is alone; opweave joins the job that these describe
 
     written = sample(trained, args)
-    (args.output / "sample.txt").write_text(written)
+    (args.output / "sample.txt").write_text(written, encoding="utf-8")
     console.print(f"the model writes:\n[dim]{'-' * 80}[/dim]", highlight=False)
     console.print("".join(c if c.isprintable() or c == "\n" else "·" for c in written), markup=False, highlight=False)
     console.print(f"[dim]{'-' * 80}[/dim]")

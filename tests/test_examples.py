@@ -1,4 +1,4 @@
-"""The examples run as a user would run them, and the arithmetic of bench/peers."""
+"""The examples run as a user would run them, and the arithmetic of bench/peers and bench/experts."""
 
 import importlib.util
 import os
@@ -117,3 +117,45 @@ def test_peers_refuses_unknown_models(capsys):
     with pytest.raises(SystemExit):
         load("bench/peers.py").parse_args(["--models", "opt,vgg"])
     assert "unknown model 'vgg'; there are opt, resnet, mlp" in capsys.readouterr().err
+
+
+# -- bench/experts ------------------------------------------------------------------------------------------------------------
+
+
+def expert_row(model="gpt2-xl", cluster="dgx-h100", ours=0.09, **recipes):
+    experts = load("bench/experts.py")
+    best = min(recipes, key=recipes.get, default=None)
+    ratio = ours / recipes[best] if best else None
+    return {
+        "model": model, "batch": list(experts.MODELS[model]), "cluster": cluster, "dtype": "bfloat16", "mesh": "8", "solver_s": ours,
+        "recipes_s": {"ddp": None, **recipes}, "best_recipe": best, "ratio": ratio, "holds": experts.holds(ratio, best),
+    }  # fmt: skip
+
+
+def test_experts_names_the_best_recipe_and_counts_rows():
+    experts = load("bench/experts.py")
+    rows = [expert_row(zero2=0.1, zero3=0.12), expert_row(ours=0.2, zero2=0.1), expert_row()]
+    assert [row["holds"] for row in rows] == [True, False, True]
+    assert "| 90 | zero2 | 100 | 0.9000 | zero3 0.750 |" in experts.markdown(rows)
+    assert "none fits" in experts.markdown(rows[2:])
+    assert "Of 3 rows, 2 have a recipe that fits" in experts.summary(rows) and "costs more in 1" in experts.summary(rows)
+
+
+def test_experts_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    experts = load("bench/experts.py")
+    priced = []
+
+    def compare(analysis, model, cluster):
+        priced.append((model, cluster.name))
+        return expert_row(model, cluster.name, zero2=0.1)
+
+    monkeypatch.setattr(experts, "RESULTS", tmp_path / "experts.json")
+    monkeypatch.setattr(experts, "compare", compare)
+    monkeypatch.setattr(experts, "_analysed", lambda model, dtype: None)
+    kept = [expert_row("opt-125m", "dgx-v100", zero2=0.1)]
+    rows = experts.price(["gpt2-xl", "opt-125m"], ["dgx-v100"], kept, again=False)
+    assert priced == [("gpt2-xl", "dgx-v100")]
+    assert [row["model"] for row in rows] == ["opt-125m", "gpt2-xl"]  # the table's order
+    assert len(experts.json.loads((tmp_path / "experts.json").read_text())) == 2
+    experts.price(["opt-125m"], ["dgx-v100"], rows, again=True)
+    assert priced[1:] == [("opt-125m", "dgx-v100")]
