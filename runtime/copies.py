@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ from .parked import Copy, HostPlace
 
 if TYPE_CHECKING:
     from .workers import Workers
+
+LARGE_PAGE_BYTES = 2 << 20
+PAGE_BYTES = mmap.PAGESIZE
+# Without Python's lock, as all functions called through ctypes.
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else lambda *_: 0
 
 
 class ThreadCopies:
@@ -39,16 +45,32 @@ def _write(place: HostPlace | DiskPlace, x: torch.Tensor) -> None:
     if isinstance(place, DiskPlace):
         place.file.write(place, chunks_of(x))
     else:
+        ask_for_large_pages(place.tensor)
         with torch.no_grad():
             place.tensor.copy_(x)
 
 
 def _read(place: HostPlace | DiskPlace, into: torch.Tensor) -> None:
+    ask_for_large_pages(into)
     if isinstance(place, DiskPlace):
         place.file.read(place, chunks_of(into))
     else:
         with torch.no_grad():
             into.copy_(place.tensor)
+
+
+def ask_for_large_pages(tensor: torch.Tensor) -> None:
+    """Advise the system to back a large tensor, not written yet, by large pages.
+
+    New memory costs a fault per page, and a page of 4 KiB on a virtual machine 1.4 us: filling a new tensor of 64 MiB was measured at
+    2.5 GB/s, with pages of 2 MiB at 15. It is only advice: where the system does not take it nothing changes.
+    """
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes < 2 * LARGE_PAGE_BYTES:
+        return
+    start = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
+    end = (tensor.data_ptr() + num_bytes) // PAGE_BYTES * PAGE_BYTES
+    _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from .copies import memory_of
-from .disk import CHUNK_BYTES, DiskPlace, TierError
+from .disk import DiskPlace, TierError
 from .parked import Copy, HostPlace
 
 if TYPE_CHECKING:
     from .workers import Workers
 
 PAGE_BYTES = 4096
+BOUNCE_BYTES = 8 << 20  # per thread that reads or writes the disk
 
 
 class StreamCopy:
@@ -120,14 +121,14 @@ class StreamCopies:
 
     def _down(self, x: torch.Tensor) -> Iterator[memoryview]:
         """Parts of a device tensor, one after the other in this thread's bounce buffer."""
-        for part in _bytes_of(x).split(CHUNK_BYTES):
+        for part in _bytes_of(x).split(BOUNCE_BYTES):
             bounce = self._bounce()[: part.numel()]
             self._copy(bounce, part, self._out)
             yield memory_of(bounce)
 
     def _up(self, into: torch.Tensor) -> Iterator[memoryview]:
         """Memory for parts of a device tensor; each is copied there when the next one is asked for."""
-        for part in _bytes_of(into).split(CHUNK_BYTES):
+        for part in _bytes_of(into).split(BOUNCE_BYTES):
             bounce = self._bounce()[: part.numel()]
             yield memory_of(bounce)
             self._copy(part, bounce, self._back)
@@ -141,7 +142,7 @@ class StreamCopies:
 
     def _bounce(self) -> torch.Tensor:
         if not hasattr(self._bounces, "buffer"):
-            self._bounces.buffer, _ = self.pinned.take(CHUNK_BYTES)
+            self._bounces.buffer, _ = self.pinned.take(BOUNCE_BYTES)
         return self._bounces.buffer
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opweave.runtime import copies
-from opweave.runtime.copies import chunks_of
-from opweave.runtime.disk import ALIGN_BYTES, DiskFile, Extents, TierError
+from opweave.runtime.copies import chunks_of, memory_of
+from opweave.runtime.disk import ALIGN_BYTES, DiskFile, Extents, TierError, checksum
 
 
 def data(num_bytes, seed=0):
@@ -149,9 +149,29 @@ def test_copies_go_on_after_short_ones(tmp_path, monkeypatch):
     write, fill = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, chunk, at: write(fd, chunk[:700], at))
     monkeypatch.setattr(os, "preadv", lambda fd, chunks, at: fill(fd, [chunks[0][:900]], at))
-    monkeypatch.setattr(copies, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(copies, "CHUNK_BYTES", 4096)
     file = DiskFile(tmp_path)
-    assert torch.equal(read(file, written(file, data(5000))), data(5000))
+    assert torch.equal(read(file, written(file, data(9000))), data(9000))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 4095, 4096, 4097, 8192, 20_001])
+def test_the_checksum_is_that_of_the_bytes_however_they_come(num_bytes):
+    memory = memory_of(data(num_bytes))
+    whole = checksum(memory, 0)
+    parts = 0
+    for start in range(0, num_bytes, 8192):
+        parts = checksum(memory[start : start + 8192], parts)
+    assert parts == whole
+    changed = [bytes([memory[i] ^ 0x80 if i == at else memory[i] for i in range(num_bytes)]) for at in {0, num_bytes // 2, num_bytes - 1}]
+    assert all(checksum(memoryview(content), 0) != whole for content in changed if num_bytes)
+
+
+def test_the_checksum_knows_lost_stale_and_misplaced_pages():
+    content = bytearray(memory_of(data(3 * ALIGN_BYTES)))
+    whole = checksum(memoryview(content), 0)
+    first, second, third = (bytes(content[i * ALIGN_BYTES : (i + 1) * ALIGN_BYTES]) for i in range(3))
+    for other in (second + first + third, first + second + bytes(ALIGN_BYTES), first + first + third):
+        assert checksum(memoryview(other), 0) != whole
 
 
 def test_a_file_that_was_cut_off(tmp_path):
