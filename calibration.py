@@ -14,9 +14,11 @@ import torch.distributed as dist
 from .cost_model.calibrate import Options, Progress, calibrate
 from .cost_model.calibrate_check import check
 from .cost_model.cluster import Cluster
-from .cost_model.measure import UpdateFunction
+from .cost_model.measure import Functions
+from .cost_model.measure_rows import Update
 from .host_memory import keep_freed_memory
 from .runtime import ops as _ops  # noqa: F401  defines the ops of our own that are measured
+from .runtime.batch_norm import channel_moments
 from .runtime.collectives import Communicator, wait
 from .runtime.groups import AxisGroups
 from .runtime.update import Updater
@@ -62,20 +64,24 @@ def _connect() -> Any:
     return Wires if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
-def runtime_update() -> UpdateFunction:
-    """AdamW as an executor runs it: with its checks and step counts, which for small parameters take longer than the kernel."""
+def runtime_functions() -> Functions:
+    """The runtime's own ops. AdamW as an executor runs it: with its checks and counts, which for small parameters outlast the kernel."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     updater, names, loss = Updater({}, optimizer, "AdamW"), [f"parameter{i}" for i in range(64)], torch.zeros(())
-    return lambda params, grads, states: updater.fused_update(params, grads, states, "AdamW", 0, names[: len(params)], loss)
+
+    def update(made: Update) -> None:
+        updater.fused_update(made.params, made.grads, made.states, "AdamW", 0, names[: len(made.params)], loss)
+
+    return {"opweave.update": update, "opweave.channel_moments": channel_moments}
 
 
 def calibrate_here(output: str | os.PathLike[str] | None, options: Options, progress: Progress | None = None) -> Cluster:
     """`cost_model.calibrate.calibrate` on this job's ranks, in the state in which a step finds the process."""
     keep_freed_memory()
-    return calibrate(output, connect=_connect(), update=runtime_update(), options=options, progress=progress)
+    return calibrate(output, connect=_connect(), functions=runtime_functions(), options=options, progress=progress)
 
 
 def check_here(cluster: Cluster) -> dict[str, Any]:
     """`cost_model.calibrate_check.check` on this job's ranks."""
     keep_freed_memory()
-    return check(cluster, connect=_connect(), update=runtime_update())
+    return check(cluster, connect=_connect(), functions=runtime_functions())

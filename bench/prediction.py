@@ -2,9 +2,10 @@
 
     python -m bench.prediction --json [--ranks 1,2,4] [--models opt,resnet] [-o bench/results/prediction.json] [--plot docs/prediction.png]
 
-For each number of ranks the runner calibrates (unless --clusters has its file already) and starts `torchrun` with gloo and one thread per
-rank. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's with the calibrated
-prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
+For each number of ranks the runner starts `torchrun` with gloo and one thread per rank; the job calibrates (unless --clusters has its
+file already), then trains. Where the system allows it (root on Linux) all of it runs under the real-time scheduler, so that other programs
+on the machine take little part. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's
+with the calibrated prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
 
 predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
 rank's step, as calibration takes it, for other programs only ever add.
@@ -41,6 +42,7 @@ import torch.distributed as dist
 from opweave import calibration
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import TrainingStep, plan_text
+from opweave.cost_model.calibrate import Options
 from opweave.cost_model.cluster import Cluster
 from opweave.host_memory import keep_freed_memory
 
@@ -48,7 +50,7 @@ from . import prediction_models
 
 GOALS = {"median_error": 0.10, "p90_error": 0.25, "kendall_tau": 0.8, "picked_vs_best": 1.05}
 FORCED = ("ddp", "zero3", "megatron")
-ROUNDS, STEPS_PER_ROUND = 10, 2
+ROUNDS, STEPS_PER_ROUND = 8, 1
 LEAST_NOISE = 0.02
 
 
@@ -152,10 +154,13 @@ def _from_all(value: Any) -> list[Any]:
 
 
 def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
-    """What each process of the job does; rank 0 writes the rows after every model."""
+    """What each process of the job does: calibrate where there is no cluster file, then train; rank 0 writes the rows after every model."""
     torch.set_num_threads(1)
     keep_freed_memory()
     leads = calibration.join_job() == 0
+    if not cluster_file.exists():
+        calibration.calibrate_here(cluster_file, Options(dtypes=(torch.float32,)))
+    _barrier()
     cluster = Cluster.load(cluster_file)
     rows: list[Row] = []
     for name in models:
@@ -170,6 +175,15 @@ def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
 # -- the runner ---------------------------------------------------------------------------------------------------------------------
 
 
+def real_time() -> bool:
+    """Let this process and those it starts run before all ordinary ones; whether the system allows it."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except (AttributeError, PermissionError):
+        return False
+    return True
+
+
 def torchrun(ranks: int, *command: str) -> None:
     """Run a module on so many processes, one thread each; what they print goes to stderr. Raises CalledProcessError."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -178,10 +192,8 @@ def torchrun(ranks: int, *command: str) -> None:
 
 
 def run(ranks: int, models: Sequence[str], clusters: Path) -> list[Row]:
-    """The rows of one number of ranks, calibrated first where `clusters` has no file for it."""
+    """The rows of one number of ranks."""
     cluster = clusters / f"cluster-{ranks}.json"
-    if not cluster.exists():
-        torchrun(ranks, "opweave.cli", "calibrate", "-o", str(cluster))
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         torchrun(ranks, "bench.prediction", "--work", str(cluster), "--rows", str(rows), "--models", ",".join(models))
@@ -250,6 +262,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
+        "scheduling": "ordinary" if not hasattr(os, "SCHED_RR") or os.sched_getscheduler(0) != os.SCHED_RR else "real time",
     }
 
 
@@ -307,6 +320,7 @@ def main() -> int:
     if args.work is not None:
         work(models, args.work, args.rows)
         return 0
+    real_time()
     with tempfile.TemporaryDirectory() as folder:
         clusters = args.clusters or Path(folder)
         clusters.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ in a step, where they share memory bandwidth; their times are averaged. Where th
 processor time of an op is multiplied by that. Finished samples are kept in FILE.partial, and a calibration that was interrupted goes on
 from there; FILE itself is replaced only by a complete result.
 
-Collectives are the runtime's, handed in as `Communication`, and so is its update (this folder does not know the runtime).
+Collectives are the runtime's, handed in as `Communication`, and so are its own ops (this folder does not know the runtime).
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def calibrate(
     output: str | os.PathLike[str] | None = None,
     *,
     connect: Connect | None = None,
-    update: measure.UpdateFunction = measure.plain_update,
+    functions: measure.Functions = measure.PLAIN,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Cluster:
     """Measure and fit; rank 0 writes `output`. All ranks of a job call it and get the same cluster.
 
-    connect: the runtime's collectives, needed with several ranks. update: how the runtime updates parameters. Raises ClusterError where
-    what was measured cannot be.
+    connect: the runtime's collectives, needed with several ranks. functions: the runtime's own ops, see `measure`. Raises
+    ClusterError where what was measured cannot be.
     """
     options = options or Options()
     if world() > 1 and connect is None:
@@ -86,7 +86,7 @@ def calibrate(
     dtypes = [str(dtype) for dtype in options.dtypes]
     key = {"machine": machine(), "versions": versions(), "ranks": world(), "quick": options.quick, "dtypes": dtypes}
     journal = Journal(None if path is None else path.with_name(path.name + ".partial"), key)
-    steps = _steps(start, device, options, connect, update)
+    steps = _steps(start, device, options, connect, functions)
     try:
         for done, (name, run) in enumerate(steps):
             if progress and rank() == 0:
@@ -102,29 +102,29 @@ def calibrate(
 
 
 def _steps(
-    start: Cluster, device: torch.device, options: Options, connect: Connect | None, update: measure.UpdateFunction = measure.plain_update
+    start: Cluster, device: torch.device, options: Options, connect: Connect | None, functions: measure.Functions = measure.PLAIN
 ) -> list[Step]:
     """Everything to measure, in order: (name, what measures it). The same list on every rank."""
     scale = 4 if device.type == "cuda" else 1
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
     steps: list[Step] = [("turns", partial(_turns_sample, device))]
-    steps += [(f"op {row.name}", partial(op_sample, row, device, options.budget_s, update)) for row in rows]
+    steps += [(f"op {row.name}", partial(op_sample, row, device, options.budget_s, functions)) for row in rows]
     steps.append(("views", partial(_view_sample, options.budget_s)))
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
         steps.append((f"copy {direction}", partial(_copy_sample, direction, device, sizes, options.budget_s)))
     steps.append(("disk", partial(_disk_sample, options.folder, quick=options.quick)))
     if device.type == "cuda":
-        steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2, update)))
+        steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2, functions)))
     if connect is not None:
         steps += _collective_steps(start, device, options, connect)
     return steps
 
 
-def op_sample(row: measure.Row, device: torch.device, budget_s: float, update: measure.UpdateFunction = measure.plain_update) -> Any:
+def op_sample(row: measure.Row, device: torch.device, budget_s: float, functions: measure.Functions = measure.PLAIN) -> Any:
     barrier()
-    timing = measure.measure(row, device, budget_s=budget_s, update=update)
+    timing = measure.measure(row, device, budget_s=budget_s, functions=functions)
     seconds = mean(timing.seconds if timing else None)
     return None if timing is None or seconds is None else {"work": list(timing.work), "dtype": timing.dtype, "seconds": seconds}
 
@@ -184,17 +184,32 @@ def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torc
 
 
 def collective_sample(wires: Communication, kind: str, num_bytes: int, group: int, device: torch.device) -> float:
-    """Seconds of one collective, mean over ranks. The number of runs must not depend on a clock: ranks would disagree."""
+    """Seconds that a collective adds to a piece of computation in front of it, mean over ranks.
+
+    In a step ranks come from computing: they are not quite in step, and where they share cores some of them still compute while others
+    wait. So what is timed is a series of both, from barrier to barrier, less a series of the computation alone. The number of runs must not
+    depend on a clock: ranks would disagree.
+    """
     tensor = _tensor(kind, num_bytes, group, device)
-    runs = 20 if num_bytes <= 1 << 18 else 7
-    times = []
-    barrier()
-    for _ in range(runs):
+    work = torch.rand(128, 128, device=device)
+    series = 5 if num_bytes <= 1 << 20 else 2
+
+    def seconds(communicate: bool) -> float:
+        barrier()
         begin = time.perf_counter()
-        wires.wait(wires.start(kind, tensor))
+        for _ in range(series):
+            torch.mm(work, work)
+            torch.mm(work, work)
+            if communicate:
+                wires.wait(wires.start(kind, tensor))
         _synchronise(device)
-        times.append(time.perf_counter() - begin)
-    return mean(sorted(times)[len(times) // 4]) or 0.0
+        barrier()
+        return (time.perf_counter() - begin) / series
+
+    seconds(True)
+    pairs = [(seconds(True), seconds(False)) for _ in range(12)]
+    with_it, without = (sorted(times)[len(times) // 4] for times in zip(*pairs, strict=True))
+    return mean(max(1e-6, with_it - without)) or 0.0
 
 
 def _synchronise(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from .work import Work
 
 
 def check(
-    cluster: Cluster, *, connect: Connect | None = None, update: measure.UpdateFunction = measure.plain_update, tolerance: float = 0.35
+    cluster: Cluster, *, connect: Connect | None = None, functions: measure.Functions = measure.PLAIN, tolerance: float = 0.35
 ) -> dict[str, Any]:
     """Measure a few samples again and compare: {holds, median_error, tolerance, warning, rows: [{name, predicted_s, measured_s, error}]}.
 
@@ -27,13 +27,13 @@ def check(
     if not cluster.calibration:
         raise ClusterError(f"cluster {cluster.name!r} was not calibrated, there is nothing to check; run `opweave calibrate -o FILE`")
     device = torch.device("cuda", torch.cuda.current_device()) if cluster.device.kind == "cuda" else torch.device("cpu")
-    found = [*_op_pairs(cluster, device, update), *(_collective_pairs(cluster, device, connect) if connect else ())]
+    found = [*_op_pairs(cluster, device, functions), *(_collective_pairs(cluster, device, connect) if connect else ())]
     rows = [{"name": name, "predicted_s": p, "measured_s": m, "error": p / m - 1} for name, p, m in found]
     median = statistics.median(abs(p / m - 1) for _, p, m in found)
     return {"holds": median <= tolerance, "median_error": median, "tolerance": tolerance, "warning": elsewhere(cluster), "rows": rows}
 
 
-def _op_pairs(cluster: Cluster, device: torch.device, update: measure.UpdateFunction) -> Iterator[tuple[str, float, float]]:
+def _op_pairs(cluster: Cluster, device: torch.device, functions: measure.Functions) -> Iterator[tuple[str, float, float]]:
     """(name, predicted, measured seconds) of one float32 sample per op, of middling size."""
     turns = (cluster.calibration or {}).get("turns", 1.0)
     by_op: dict[str, list[measure.Row]] = {}
@@ -41,7 +41,7 @@ def _op_pairs(cluster: Cluster, device: torch.device, update: measure.UpdateFunc
         by_op.setdefault(row.op, []).append(row)
     for found in by_op.values():
         row = found[len(found) // 2]
-        sample = op_sample(row, device, 0.02, update)
+        sample = op_sample(row, device, 0.02, functions)
         if sample is not None and is_measured(sample["work"][2], cluster.device):
             yield row.name, work_seconds(Work(*sample["work"]), cluster.device), sample["seconds"] * turns
 

@@ -99,6 +99,7 @@ class Device:
     efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
     update_elements_per_s: float | None = None
     power_w: float | None = None
+    idle_power_w: float | None = None
     tables: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class Device:
         _fraction("device", usable_fraction=self.usable_fraction)
         _fraction("device.efficiency", **self.efficiency)
         _not_negative("device", reserved_bytes=self.reserved_bytes, launch_s=self.launch_s, view_s=self.view_s)
-        _not_negative("device", power_w=self.power_w)
+        _not_negative("device", power_w=self.power_w, idle_power_w=self.idle_power_w)
         if self.usable_bytes <= 0:
             raise ClusterError(
                 f"device.reserved_bytes ({self.reserved_bytes}) leaves nothing of device.memory_bytes ({self.memory_bytes}) "

@@ -42,6 +42,7 @@ _DEVICE = _object(
         "efficiency": {"type": "object", "additionalProperties": _FRACTION},
         "update_elements_per_s": _NUMBER,
         "power_w": _NUMBER,
+        "idle_power_w": _NUMBER,
         "tables": {"type": "object"},
     },
 )
@@ -105,6 +106,7 @@ RANGES = {
     "view_s": _SECONDS,
     "update_elements_per_s": _ELEMENTS,
     "power_w": _WATTS,
+    "idle_power_w": _WATTS,
     "price_per_node_hour": _MONEY,
 }
 

@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from .. import torch_compat
-from .measure_rows import Row, dtype_name, rows
+from .measure_rows import Row, Update, dtype_name, rows
 from .work import Work, op_work
 
 __all__ = ["Row", "Timing", "copy_points", "disk_points", "dtype_name", "measure", "rows", "view_seconds"]
 
 ROTATE_BYTES = 32 << 20
-Tensors = list[torch.Tensor]
-UpdateFunction = Callable[[Tensors, Tensors, list[Tensors]], Any]  # parameters, gradients, two state tensors of each
+Functions = Mapping[str, Callable[..., Any]]  # the runtime's own: "opweave.update" takes an Update, others what their rows say
+RUNTIME_OPS = ("update", "channel_moments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +43,22 @@ class Timing:
 # --- timing --------------------------------------------------------------------------------------------------------------------------
 
 
-def plain_update(params: Tensors, grads: Tensors, states: list[Tensors]) -> None:
+def plain_update(made: Update) -> None:
     """torch's fused AdamW on tensors, without anything around it."""
-    first, second = zip(*states, strict=True)
+    first, second = zip(*made.states, strict=True)
     torch_compat.fused_adamw(
-        params, grads, list(first), list(second), [], [torch.ones((), device=p.device) for p in params], amsgrad=False, lr=1e-3, beta1=0.9,
-        beta2=0.999, weight_decay=0.01, eps=1e-8, maximize=False,
+        made.params, made.grads, list(first), list(second), [], [torch.ones((), device=p.device) for p in made.params], amsgrad=False,
+        lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, maximize=False,
     )  # fmt: skip
 
 
-def _function(op: str, update: UpdateFunction) -> Callable[..., Any]:
-    if op == "opweave.update":
-        return lambda made: update(made.params, made.grads, made.states)
+PLAIN: Functions = {"opweave.update": plain_update}
+
+
+def _function(op: str, functions: Functions) -> Callable[..., Any] | None:
+    """What runs for an op; None for one of the runtime's that was not handed in."""
+    if op in functions or op.removeprefix("opweave.") in RUNTIME_OPS:
+        return functions.get(op)
     if op == "aten.contiguous.default":
         return torch.Tensor.contiguous
     namespace, name, overload = op.split(".")
@@ -80,9 +84,11 @@ def _work(row: Row, args: Sequence[Any], result: Any) -> Work:
     )  # fmt: skip
 
 
-def measure(row: Row, device: torch.device, *, budget_s: float, update: UpdateFunction = plain_update) -> Timing | None:
-    """Time one row; None where this device or build has no such kernel. update: how the runtime updates parameters."""
-    function = _function(row.op, update)
+def measure(row: Row, device: torch.device, *, budget_s: float, functions: Functions = PLAIN) -> Timing | None:
+    """Time one row; None where this device or build has no such kernel. functions: the runtime's own ops."""
+    function = _function(row.op, functions)
+    if function is None:
+        return None
     try:
         args = row.build(device, row.dtype)
         with torch.no_grad():
@@ -117,10 +123,11 @@ def _time(run: Callable[[int], Any], device: torch.device, budget_s: float) -> f
 
 
 class _OtherOps:
-    """What a step does between two runs of an op: other ops, small but of many kinds, and a pass over some memory."""
+    """What a step does between two runs of an op: other ops, small but of many kinds, and a pass over so much memory that neither data nor
+    code stays in a core's own caches. (After a product of 1024 x 1024 a GELU of 128 x 1024 takes three times as long as in a loop.)"""
 
     def __init__(self) -> None:
-        self.memory = torch.zeros(1 << 18)
+        self.memory = torch.zeros(1 << 20)
         self.x = torch.rand(16, 32)
         self.index = torch.arange(16)
 

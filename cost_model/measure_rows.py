@@ -187,6 +187,7 @@ def _image_rows(dtype: torch.dtype, scale: int) -> Iterator[Row]:
         yield _call("aten._native_batch_norm_legit_functional.default", label, dtype, [x, *c, True, 0.1, 1e-5], elements)
         gradient = [x, x, c[0], c[1], c[2], c[3], c[3], True, 1e-5, [True, True, True]]
         yield _call("aten.native_batch_norm_backward.default", label, dtype, gradient, 2 * elements)
+        yield _call("opweave.channel_moments", label, dtype, [x, torch.float32], elements)
         yield _call("aten.mean.dim", label, dtype, [x, [2, 3], True], elements)
         for kernel, stride in ((2, 2), (3, 2)):
             pad = kernel // 2 if kernel == 3 else 0

@@ -252,6 +252,7 @@ OPS: dict[str, _Op] = {
     ),
     **_rows(_Op("embedding"), "embedding gather index index_select take"),
     **_rows(_Op("scatter", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
+    "opweave::channel_moments": _Op("norm", None, 6.0),
     "opweave::update": _Op("update", None, 12.0),
     **_rows(
         _Op("copy", None, 0.0),
