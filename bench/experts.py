@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[int, int]] = {
     "opt-13b": (4, 1024),
     "mixtral-8x7b": (8, 1024),
 }
-CLUSTERS = ("dgx-h100", "dgx-a100-640", "dgx-v100", "dgx-a100-640x2")
+CLUSTERS = ("dgx-h100", "dgx-a100-640", "dgx-v100", "dgx-a100-640x2", "dgx-v100x2")
 SINGLE = ("ddp", "zero2", "zero3", "megatron_sp")
 PAIRS = ("ddp+zero3", "zero2+megatron_sp", "zero3+megatron_sp")  # for meshes of two axes
 RESULTS = Path(__file__).parent / "results" / "experts.json"
@@ -197,7 +197,7 @@ _HEAD = """# The solver against the experts' recipes
 Predicted step times by one cost model with datasheet constants, AdamW, batches a user would fine-tune with; made by
 `python -m bench.experts -o docs/experts.md`. A recipe is the best of its plans over all meshes, with the same memory and the same
 freedom to keep values elsewhere or compute them again. "second best recipe": its name and the solver's time over its.
-"none fits": no recipe stays within the device's memory.
+"none fits": no recipe stays within the memory. The command goes on with the rows that are not priced yet.
 
 """
 
