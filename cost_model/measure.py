@@ -155,16 +155,13 @@ def crowded() -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > cores
 
 
-def turns(seconds: float = 0.2, windows: int = 5) -> float:
-    """Wall time over processor time of a busy process while all ranks are; of some windows the least disturbed one."""
+def turns(seconds: float = 1.5) -> float:
+    """Wall time over processor time of a busy process while all ranks are: long enough for the scheduler to let each have its turns."""
     a = torch.rand(128, 128)
-    found = []
-    for _ in range(windows):
-        wall, used = time.perf_counter(), time.thread_time()
-        while time.perf_counter() - wall < seconds:
-            torch.mm(a, a)
-        found.append((time.perf_counter() - wall) / (time.thread_time() - used))
-    return min(found)
+    wall, used = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - wall < seconds:
+        torch.mm(a, a)
+    return (time.perf_counter() - wall) / (time.thread_time() - used)
 
 
 def _time_cuda(run: Callable[[int], Any], budget_s: float) -> float:
