@@ -1,0 +1,45 @@
+"""The process is as large as its tensors, where it is told to give back what is freed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from opweave.runtime import resident
+from opweave.runtime.resident import measure_resident_peak, resident_bytes
+
+WORKER = Path(__file__).parent / "workers" / "resident_worker.py"
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and glibc")
+
+
+@linux
+def test_accounted_and_resident_memory_agree(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(WORKER), str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0 and "resident ok" in done.stdout, done.stdout + done.stderr
+
+
+@linux
+def test_a_peak_is_of_what_happened_inside():
+    torch.ones(100 << 20, dtype=torch.uint8)
+    with measure_resident_peak() as peak:
+        inside = torch.ones(200 << 20, dtype=torch.uint8)
+        del inside
+    assert peak.grown_bytes == peak.peak_bytes - peak.before_bytes
+    assert 199 << 20 < peak.grown_bytes < 210 << 20
+    with measure_resident_peak() as quiet:
+        pass
+    assert quiet.grown_bytes < 5 << 20 and quiet.peak_bytes < peak.peak_bytes + (5 << 20)
+
+
+def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\n")
+    monkeypatch.setattr(resident, "_STATUS", status)
+    with pytest.raises(OSError, match="has no VmRSS: the memory of this process cannot be measured"):
+        resident_bytes()
+    monkeypatch.setattr(resident.sys, "platform", "darwin")
+    assert not resident.return_freed_memory()
