@@ -8,6 +8,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from opweave.runtime import copies, tiers, update
 from opweave.runtime.copies import memory_of
 from opweave.runtime.dry_run import dry_run
@@ -229,6 +231,31 @@ def test_many_copies_at_once_do_not_mix():
     parkings = [store.offload(x, ("host", "disk")[i % 2]) for i, x in enumerate(values)]
     fetchings = [store.fetch(settle(parking)) for parking in parkings]
     assert all(torch.equal(arrive(fetching), x) for fetching, x in zip(fetchings, values, strict=True))
+    store.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["offload", "fetch", "write_back", "drop"]), st.integers(0, 99)), max_size=40))
+def test_any_order_of_copies_gives_what_was_stored_last(actions):
+    """Nothing is waited for before the end, except that a parking is settled before it is fetched."""
+    store = TierStore()
+    parked, content, arriving = {}, {}, []
+    for number, (action, pick) in enumerate(actions):
+        name = list(parked)[pick % len(parked)] if parked else None
+        if action == "offload":
+            parked[number] = store.offload(torch.full((3000 + pick,), float(number)), ("host", "disk")[pick % 2])
+            content[number] = number
+        elif name is None:
+            continue
+        elif action == "fetch":
+            arriving.append((store.fetch(settle(parked[name])), content[name]))
+        elif action == "write_back":
+            parked[name] = store.write_back(parked[name].parked, torch.full(parked[name].parked.shape, float(number)))
+            content[name] = number
+        else:
+            del parked[name], content[name]
+    arriving += [(store.fetch(settle(parking)), content[name]) for name, parking in parked.items()]
+    assert all(bool((arrive(fetching) == expected).all()) for fetching, expected in arriving)
     store.close()
 
 
