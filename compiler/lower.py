@@ -38,6 +38,9 @@ BUCKET_BYTES = 25 * 2**20
 _NUM_EARLY_BUCKETS = 16
 
 
+Moves = list[tuple[str, str]]  # (instruction, the one before which it is to stand), in this order
+
+
 @dataclass(slots=True)
 class Assignment:
     """Every decision, by graph node. Values not in `kept` stay as produced; (value, phase) not in `reads` is read as kept."""
@@ -52,6 +55,8 @@ class Assignment:
     state: dict[fx.Node, StatePlace] = field(default_factory=dict)
     # Update each parameter as soon as its gradient is there, so that gradients need not wait for each other.
     early_updates: bool = False
+    # Reordering of the instructions as lowered, by `schedule`.
+    moves: Moves = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -434,5 +439,22 @@ def lower(
     step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",
     bucket_bytes: int = BUCKET_BYTES,
 ) -> LocalProgram:  # fmt: skip
-    """The local program of every rank (see the module docstring)."""
-    return Lowering(step, factors, assignment, device=device, optimizer=optimizer, bucket_bytes=bucket_bytes).run()
+    """The local program of every rank (see the module docstring). Raises ValueError where a move names no instruction of it."""
+    program = Lowering(step, factors, assignment, device=device, optimizer=optimizer, bucket_bytes=bucket_bytes).run()
+    move(program.graph, assignment.moves)
+    return program
+
+
+def move(graph: fx.Graph, moves: Moves) -> Moves:
+    """Reorder the instructions of a graph; returns the moves that take it back."""
+    if not moves:
+        return []
+    nodes = {node.name: node for node in graph.nodes}
+    back: Moves = []
+    for name, before in moves:
+        if name not in nodes or before not in nodes:
+            raise ValueError(f"the plan's schedule moves {name!r} before {before!r}, which the program does not have; it is damaged")
+        back.append((name, nodes[name].next.name))
+        nodes[before].prepend(nodes[name])
+    graph.lint()
+    return back[::-1]

@@ -103,6 +103,7 @@ class Plan:
     modules: list[dict[str, Any]] = field(default_factory=list)
     force: str | None = None
     early_updates: bool = False
+    moves: list[tuple[str, str]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
     residency: dict[str, dict[str, int]] = field(default_factory=dict)
     state: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -179,7 +180,7 @@ class Plan:
     def assignment(self, step: StepGraph, factors: FactorMap) -> Assignment:
         """The decisions on the nodes of a step. Raises PlanError where they do not fit it."""
         nodes = {n.name: n for n in step.graph.nodes}
-        out = Assignment(mesh=self.mesh, early_updates=self.early_updates)
+        out = Assignment(mesh=self.mesh, early_updates=self.early_updates, moves=[(name, before) for name, before in self.moves])
         for d in self.decisions:
             if d.kind not in PLACES and len(d.codes) != len(self.mesh):
                 raise PlanError(

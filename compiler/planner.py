@@ -27,13 +27,15 @@ from .analyse import Analysis
 from .choices import ChoiceGraph, build_choices
 from .force import restriction
 from .limits import Limits, memory_limits
-from .lower import lower
+from .lower import lower, move
 from .place_recipes import AUTO, NO_PLACES, check_recipe
 from .plan import Plan
 from .pricing import SIDE, Pricer
 from .problem import ProblemBuilder, SelectionProblem
-from .record import Candidate, record
+from .record import Candidate, Outcome, record
 from .residency import DEVICE
+from .schedule import schedule
+from .timeline import timeline
 
 if TYPE_CHECKING:
     from .solver import Solution
@@ -45,6 +47,7 @@ GAP = 1e-4
 _WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
 _UNLIMITED = {DEVICE: math.inf}
 _MAX_TRIES = 8
+_MAX_SCHEDULES = 3
 
 
 class DoesNotFitError(ValueError):
@@ -65,8 +68,8 @@ def plan_step(
     check_recipe(places, [pool for pool in limits if pool != DEVICE])
     meshes = [_checked(mesh_of(mesh), cluster)] if mesh is not None else cluster.mesh_candidates()
     search = _Search(analysis, cluster, force, limits, time_limit_s, places)
-    best, memory = search.run(meshes)
-    plan = record(analysis, cluster, best, search.found, force, search.times, memory)
+    best, outcome = search.run(meshes)
+    plan = record(analysis, cluster, best, search.found, force, search.times, outcome)
     plan.limits = limits
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
     plan.planning_time_s["capture"] = capture_s
@@ -81,7 +84,7 @@ class _Mesh:
     graph: ChoiceGraph
     bound_s: float
     best: Candidate | None = None
-    memory: MemoryReport | None = None
+    outcome: Outcome | None = None
 
 
 @dataclass(slots=True)
@@ -98,7 +101,7 @@ class _Search:
     found: list[Candidate] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
-    def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, MemoryReport]:
+    def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, Outcome]:
         """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
         loose = sorted((self._loose(mesh) for mesh in meshes), key=lambda m: m.bound_s)
         best: _Mesh | None = None
@@ -110,8 +113,8 @@ class _Search:
                 best = mesh
         if best is None:
             raise DoesNotFitError(f"{_head(self.analysis, self.cluster, self.limits)}. {'; '.join(self.refused)}. {_WAYS_OUT}")
-        assert best.best is not None and best.memory is not None, "a mesh was chosen without a plan"
-        return best.best, best.memory
+        assert best.best is not None and best.outcome is not None, "a mesh was chosen without a plan"
+        return best.best, best.outcome
 
     def _loose(self, mesh: tuple[int, ...]) -> _Mesh:
         """A mesh without limits: its bound, and its plan where that fits as it is."""
@@ -122,9 +125,9 @@ class _Search:
         candidate = self._solve(mesh, graph, _UNLIMITED, places=False)
         self.found.append(candidate)
         out = _Mesh(mesh, graph, candidate.solution.lower_bound)
-        memory = self._dry_run(candidate)
-        if self.places in (AUTO, NO_PLACES) and not self._over(memory):
-            out.best, out.memory = candidate, memory
+        outcome = self._try(candidate)
+        if self.places in (AUTO, NO_PLACES) and not self._over(outcome.memory):
+            out.best, out.outcome = candidate, outcome
         return out
 
     def _tighten(self, mesh: _Mesh) -> None:
@@ -151,30 +154,47 @@ class _Search:
                 return
             if mesh.best is not None and candidate.solution.lower_bound >= mesh.best.solution.objective:
                 return
-            memory = self._dry_run(candidate)
-            over = self._over(memory)
+            outcome = self._try(candidate)
+            over = self._over(outcome.memory)
             if not over:
                 if mesh.best is None or candidate.solution.objective < mesh.best.solution.objective:
-                    mesh.best, mesh.memory = candidate, memory
+                    mesh.best, mesh.outcome = candidate, outcome
                     self.found.append(candidate)
                 return
+            most = outcome.memory
             for pool, excess in over.items():
                 limits[pool] -= 1.05 * excess
             if min(limits.values()) <= 0:
                 break
         if places or self.places == NO_PLACES:
-            self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {memory.peak_bytes:,} bytes at {memory.at}")
+            self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {most.peak_bytes:,} bytes at {most.at}")
 
     def _over(self, memory: MemoryReport) -> dict[str, float]:
         """Bytes above the limit, per pool."""
         return {p: memory.pools[p] - limit for p, limit in self.limits.items() if memory.pools.get(p, 0) > limit}
 
-    def _dry_run(self, candidate: Candidate) -> MemoryReport:
+    def _try(self, candidate: Candidate) -> Outcome:
+        """Lower a candidate, schedule it within what memory it leaves, and see what that needs."""
         started = time.perf_counter()
-        try:
-            return dry_run(lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta"))
-        finally:
-            self.times["verify"] += time.perf_counter() - started
+        program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
+        line = timeline(program, self.cluster, device="meta")
+        memory = dry_run(program)
+        room = self.limits[DEVICE]
+        for _ in range(_MAX_SCHEDULES):
+            if memory.peak_bytes > self.limits[DEVICE]:
+                break  # too much as it is
+            moves = schedule(program, line, self.cluster, room)
+            back = move(program.graph, moves)
+            scheduled = dry_run(program) if moves else memory
+            if scheduled.peak_bytes <= self.limits[DEVICE]:
+                candidate.moves, memory = moves, scheduled
+                line = timeline(program, self.cluster, device="meta") if moves else line
+                break
+            room -= 1.05 * (scheduled.peak_bytes - self.limits[DEVICE])
+            move(program.graph, back)
+        simulation = line.simulate()
+        self.times["verify"] += time.perf_counter() - started
+        return Outcome(memory, simulation)
 
     def _solve(self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool) -> Candidate:
         t0 = time.perf_counter()

@@ -40,15 +40,15 @@ _FORBIDDEN = float("inf")
 _LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
 
 # What a tier's copies occupy, per direction; the disk reads and writes through one path.
-_STREAMS = {(HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "disk", (DISK, "in"): "disk"}
-_DIRECTIONS = {
+STREAMS = {(HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "disk", (DISK, "in"): "disk"}
+DIRECTIONS = {
     (HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "host_to_disk", (DISK, "in"): "disk_to_host",
 }  # fmt: skip
 
 
 def streams_of(tiers: Sequence[str]) -> tuple[str, ...]:
     """The streams that places need, given the tiers there are."""
-    names = [_STREAMS[tier, way] for tier in tiers for way in ("out", "in")]
+    names = [STREAMS[tier, way] for tier in tiers for way in ("out", "in")]
     return tuple(dict.fromkeys([*names, *([CPU] if HOST in tiers else [])]))
 
 
@@ -147,7 +147,7 @@ class PlacePricer:
         return anyone, own
 
     def _copy_s(self, tier: str, way: str, num_bytes: np.ndarray) -> np.ndarray:
-        fixed, per_byte = transfer_coefficients(_DIRECTIONS[tier, way], self._cluster)
+        fixed, per_byte = transfer_coefficients(DIRECTIONS[tier, way], self._cluster)
         return np.where(num_bytes > 0, fixed + per_byte * num_bytes, 0.0)
 
     def _tie(self, unit: fx.Node) -> Choice:
@@ -170,7 +170,7 @@ class PlacePricer:
         for tier in self._tiers:
             for way in ("out", "in"):
                 moved = np.where(_is(options, tier), self._copy_s(tier, way, local), 0.0)
-                streams[_STREAMS[tier, way]] = streams.get(_STREAMS[tier, way], 0.0) + moved
+                streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], 0.0) + moved
         node = self._add(unit, options, np.zeros(len(options)), streams)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
         if tie is not op:
@@ -285,10 +285,10 @@ class PlacePricer:
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
             on_cpu = np.array([pl.update == tier for _, pl in options])
             fetches = 2 + (0 if early else 1)
-            add(_STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (2 * on_cpu + fetches * ~on_cpu))
-            add(_STREAMS[tier, "in"], self._copy_s(tier, "in", s_bytes * s_off))
-            add(_STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off) + self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
-            add(_STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * on_cpu))  # the gradient
+            add(STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (2 * on_cpu + fetches * ~on_cpu))
+            add(STREAMS[tier, "in"], self._copy_s(tier, "in", s_bytes * s_off))
+            add(STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off) + self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
+            add(STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * on_cpu))  # the gradient
             if on_cpu.any():
                 add(CPU, np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0))
         return streams

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import fx
 
 from ..cost_model.cluster import Cluster
+from ..cost_model.simulate import Simulation
 from ..runtime.memory import MemoryReport
 from .analyse import Analysis
 from .choices import ChoiceGraph
 from .layout import num_pieces
-from .lower import Assignment
+from .lower import Assignment, Moves
 from .lower_updates import UPDATE
 from .naming import module_rows, usual_names
 from .plan import Decision, Plan, decisions_of, fingerprint, to_assignment
-from .pricing import SIDE, PricedProblem
+from .pricing import PricedProblem
 from .residency import DEVICE, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
 from .rule import tensor_args
 from .rule_table import op_name
@@ -27,14 +27,23 @@ if TYPE_CHECKING:
     from .solver import Solution
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the program of a candidate is predicted to need: memory, exactly, and time, simulated."""
+
+    memory: MemoryReport
+    simulation: Simulation
+
+
 @dataclass(slots=True)
 class Candidate:
-    """One mesh with its solved problem. with_places: whether it also chose where tensors live."""
+    """One mesh with its solved problem. with_places: whether it also chose where tensors live. moves: its schedule."""
 
     mesh: tuple[int, ...]
     priced: PricedProblem
     solution: Solution
     with_places: bool = False
+    moves: Moves = field(default_factory=list)
 
     def assignment(self) -> Assignment:
         """What lowering needs."""
@@ -65,9 +74,9 @@ def updatable(assignment: Assignment, param: fx.Node, place: StatePlace) -> bool
 
 def record(
     analysis: Analysis, cluster: Cluster, best: Candidate, found: list[Candidate], force: str | None, times: dict[str, float],
-    memory: MemoryReport,
+    outcome: Outcome,
 ) -> Plan:  # fmt: skip
-    """The plan of a candidate. found: what else was considered. memory: its program's, from the dry run."""
+    """The plan of a candidate. found: what else was considered."""
     graph, solution, priced = best.priced.graph, best.solution, best.priced
     selection = [int(i) for i in solution.selection[: len(graph.choices)]]
     names, counts = usual_names(graph, selection)
@@ -77,7 +86,7 @@ def record(
     return Plan(
         model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
         cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
-        mesh=best.mesh, decisions=decisions + place_decisions(assignment), predicted=_predicted(priced, solution, memory),
+        mesh=best.mesh, decisions=decisions + place_decisions(assignment), predicted=_predicted(outcome),
         solver={
             "objective_s": float(solution.objective),
             "lower_bound_s": float(solution.lower_bound),
@@ -89,7 +98,7 @@ def record(
         planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
         replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
         candidates=[{"mesh": list(c.mesh), "objective_s": float(c.solution.objective), "gap": float(c.solution.gap)} for c in found],
-        early_updates=assignment.early_updates, residency=residency_summary(analysis, assignment),
+        early_updates=assignment.early_updates, moves=best.moves, residency=residency_summary(analysis, assignment),
         state=state_summary(analysis, assignment),
     )  # fmt: skip
 
@@ -156,29 +165,13 @@ def _state_layouts(op: Any, assignment: Assignment) -> list[tuple[Any, Any]]:
     return list(zip(tensor_args(op)[2:], assignment.ops[op].operands[2:], strict=True))
 
 
-def _predicted(priced: PricedProblem, solution: Solution, memory: MemoryReport) -> dict[str, Any]:
-    evaluation = priced.problem.evaluate(solution.selection)
-    compute = sum(
-        float(priced.op_seconds[c.index][int(i)]) * len(c.members)
-        for c, i in zip(priced.graph.choices, solution.selection, strict=False)
-        if c.kind == "op"
-    )
-    side = 0.0
-    if SIDE in priced.problem.streams:
-        edges = priced.problem.edge_stream[priced.problem.streams.index(SIDE)]
-        side = _chosen_edges(priced, solution, edges)
-    critical = evaluation.node_cost + evaluation.edge_cost
+def _predicted(outcome: Outcome) -> dict[str, Any]:
+    memory, simulation = outcome.memory, outcome.simulation
     return {
-        "step_time_s": evaluation.objective,
-        "streams": {"compute": compute, "collectives": critical - compute + side},
+        "step_time_s": simulation.step_time_s,
+        "streams": {name: float(seconds) for name, seconds in simulation.busy_s.items()},
+        "exposed": {name: float(seconds) for name, seconds in simulation.exposed_s.items()},
         "peak_bytes": dict(memory.pools),
         "peak_at": memory.at,
         "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
     }
-
-
-def _chosen_edges(priced: PricedProblem, solution: Solution, values: np.ndarray) -> float:
-    problem, x = priced.problem, np.asarray(solution.selection, dtype=np.int64)
-    widths = problem.num_strategies[problem.edges[:, 1]].astype(np.int64)
-    at = problem.edge_offsets()[:-1] + x[problem.edges[:, 0]] * widths + x[problem.edges[:, 1]]
-    return float(values[at].sum())

@@ -7,10 +7,11 @@ executor does; parameters, buffers and optimizer state stay.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.collectives import collective_seconds
 from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
-from ..cost_model.work import NO_WORK, Work, class_of, op_work
+from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
 from ..cost_model.work import op_class as work_class
 from ..runtime import collectives, update
 from ..runtime.program import STORED_KINDS, LocalProgram
+from ..runtime.reuse import gathers_in_place
 from ..torch_compat import FakeTensorMode, OpOverload
+from . import timeline_tiers
 from .analyse import analyse
 from .capture import capture
 from .lower import lower
@@ -35,6 +38,8 @@ from .step_graph import StepGraph
 
 COLLECTIVES = "collectives"
 POOL = "device"
+# A function of the runtime that makes views (take_shard) takes as long as so many views: 16 us where one takes 4.
+_VIEWS_IN_A_FUNCTION = 4
 
 
 @dataclass(slots=True)
@@ -47,10 +52,12 @@ class _Started:
 
 @dataclass(slots=True)
 class Timeline:
-    """A program ready to be simulated. resident: what is there before the step."""
+    """A program ready to be simulated. resident: what is there before the step. held_bytes: per copy out of the device, by name, the bytes
+    that it holds there until it is waited for."""
 
     instructions: list[Instruction]
     resident: list[Buffer]
+    held_bytes: dict[str, int] = field(default_factory=dict)
 
     def simulate(self) -> Simulation:
         """Step time, streams and peaks."""
@@ -80,35 +87,43 @@ def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.
     return _AnyPrecision(**{item.name: getattr(plan, item.name) for item in fields(Plan)})
 
 
-def timeline(program: LocalProgram, cluster: Cluster) -> Timeline:
-    """The program of one rank as instructions, priced for `cluster`."""
-    values = _fake_values(program)
+def timeline(program: LocalProgram, cluster: Cluster, *, device: str = "cpu") -> Timeline:
+    """The program of one rank as instructions, priced for `cluster`. device: for which the program was lowered, "cpu" or "meta"."""
+    values = _fake_values(program, device)
     return _Writer(program, cluster, values).write()
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def _fake_values(program: LocalProgram) -> dict[fx.Node, Any]:
-    """What every node yields, as fake tensors."""
+def _fake_values(program: LocalProgram, device: str) -> dict[fx.Node, Any]:
+    """What every node yields, as tensors without data."""
     values: dict[fx.Node, Any] = {}
     ports = {port.name: port for port in program.inputs}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    into = gathers_in_place(program)
+    without_data = contextlib.nullcontext() if device == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
+    with without_data, torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 port = ports.get(node.name)
                 shape = port.spec.local_shape() if port is not None and port.spec is not None else ()
-                values[node] = torch.empty(shape, dtype=port.dtype) if port is not None else (0,) * len(program.mesh)
+                values[node] = torch.empty(shape, dtype=port.dtype, device=device) if port is not None else (0,) * len(program.mesh)
+                if port is not None and port.tier != POOL:
+                    values[node] = timeline_tiers.InTier.of(values[node], port.tier)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                values[node] = _fake_call(node.target, program.mesh, args, kwargs)
+                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs)
+                if node in into and not isinstance(made.result, list):
+                    made.result = values[into[node][0]]  # received in the memory of the old value; a bucket is received elsewhere first
     return values
 
 
 def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> Any:
     if target in _STARTS:
         return _STARTS[target](math.prod(mesh[axis] for axis in args[1]), *args, **kwargs)
-    if target is collectives.wait:
+    if target in timeline_tiers.STARTS:
+        return _Started(*timeline_tiers.STARTS[target](*args))
+    if target is collectives.wait or target in timeline_tiers.WAITS:
         return args[0].result
     if target is update.fused_update:
         params, _, states = args[:3]
@@ -173,7 +188,8 @@ def _results(value: Any) -> list[torch.Tensor | None]:
 def _kernel(node: fx.Node, operands: list[torch.Tensor]) -> str:
     """What runs for a node that makes new memory. Copies go in rows, or element by element where rows lie apart ("contiguous")."""
     if not isinstance(node.target, OpOverload):
-        return "clone"
+        own = f"opweave::{getattr(node.target, '__name__', '')}"
+        return own if is_known(own) else "clone"
     name = op_name(node)
     if work_class(name) == "view" or name == "aten.clone.default":
         return "clone" if not operands or operands[0].dim() == 0 or operands[0].stride(-1) <= 1 else "contiguous"
@@ -189,6 +205,7 @@ class _Writer:
         self.live: set[int] = set()
         self.instructions: list[Instruction] = []
         self.links: dict[tuple[int, ...], Any] = {}
+        self.held: dict[str, int] = {}
 
     def write(self) -> Timeline:
         resident = []
@@ -198,7 +215,7 @@ class _Writer:
                 resident += self._buffers(node, ports[node.name].kind)
             elif node.op == "call_function":
                 self._instruction(node)
-        return Timeline(instructions=self.instructions, resident=resident)
+        return Timeline(instructions=self.instructions, resident=resident, held_bytes=self.held)
 
     def _last_uses(self) -> dict[int, fx.Node]:
         """Storage → the node after which nothing refers to it; stored and returned ones are not in it."""
@@ -231,7 +248,9 @@ class _Writer:
         stream, seconds, op_class = self._price(node)
         info = node.meta.get("op")
         owner = getattr(info, "path", "") or node.name
-        share = 1.0 if stream == COMPUTE else 1.0 - self.cluster.overlap
+        share = 1.0 if stream == COMPUTE else 1.0 - self.cluster.overlap if stream == COLLECTIVES else 0.0
+        if node.target in timeline_tiers.STARTS:
+            self.held[node.name] = timeline_tiers.copied_bytes(node.target, self._arguments(node))
         self.made_at[node] = len(self.instructions)
         self.instructions.append(
             Instruction(node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class)
@@ -249,10 +268,18 @@ class _Writer:
         if target in _STARTS:
             kind = target.__name__.removesuffix("_bucket")
             return COLLECTIVES, self._collective_seconds(kind, node), kind
+        if target in timeline_tiers.STARTS:
+            return timeline_tiers.price(target, self._arguments(node), self.cluster)
+        if target in timeline_tiers.WAITS:
+            return COMPUTE, 0.0, "wait"
         if target is collectives.wait:
             return COMPUTE, self._copy_seconds(self._rearranged(node.args[0])[1]), "wait"
         works, dtype = self._works(node)
         return COMPUTE, sum(work_seconds(work, self.cluster.device, dtype) for work in works), class_of(works[0].op_class)
+
+    def _arguments(self, node: fx.Node) -> tuple[Any, ...]:
+        """The values a node is called with."""
+        return fx.map_arg(node.args, lambda n: self.values[n])  # type: ignore[return-value]
 
     def _collective_seconds(self, kind: str, node: fx.Node) -> float:
         axes: Any = node.args[1]
@@ -298,7 +325,7 @@ class _Writer:
             return [op_work("opweave::update", [s] * (2 + states), [s] * (1 + states)) for s in shapes], "float32"
         used = [t for n in node.all_input_nodes for t in _tensors(self.values[n])]
         if made and all(s in self._used_storages(node) for s in self.storages[node]):
-            return [NO_WORK], "float32"
+            return [NO_WORK] * (1 if isinstance(node.target, OpOverload) else _VIEWS_IN_A_FUNCTION), "float32"
         plain = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, fx.Node)]
         results = _results(self.values[node])
         work = op_work(

@@ -141,7 +141,8 @@ def test_more_memory_never_costs_time(dgx):
     model = on_meta(lambda: Net(4096, 16384, 4))
     batch = (torch.empty(32, 128, 4096, device="meta"),)
     whole = sum(p.numel() for p in model.parameters()) * 16
-    times = [planned(model, batch, dgx, mesh=(8,), memory_limit=whole * share).predicted["step_time_s"] for share in (0.22, 0.4, 1.0, 2.0)]
+    # What the solver minimises; the simulation of the program that comes out may see overlaps that the sum of costs does not.
+    times = [planned(model, batch, dgx, mesh=(8,), memory_limit=whole * share).solver["objective_s"] for share in (0.22, 0.4, 1.0, 2.0)]
     assert times == sorted(times, reverse=True) or max(times) - min(times) < 1e-4 * max(times)
 
 

@@ -11,20 +11,24 @@ from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.lower import lower
 from opweave.compiler.plan import PlanError
-from opweave.compiler.timeline import timeline, timeline_of_plan
+from opweave.compiler.timeline import _fake_values, _tensors, _Writer, timeline, timeline_of_plan
 from opweave.compiler.training_step import step_inputs
+from opweave.runtime import collectives
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.sharding import unravel
 from opweave.runtime.state import ProgramState
 
 
-def _lowered(name, mesh, force):
+def _lowered(name, mesh, force, *, scheduled=True):
     model, batch = zoo.resolve(name)
     optimizer = torch.optim.AdamW(model.parameters())
     cluster = ow.Cluster.preset("cpu", devices=math.prod(mesh))
     plan = api.plan(model, cluster, batch, optimizer=optimizer, mesh=mesh, force=force)
     analysis = analyse(capture(model, batch, optimizer=optimizer))
-    program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer="AdamW")
+    assignment = plan.assignment(analysis.step, analysis.factors)
+    if not scheduled:
+        assignment.moves = []
+    program = lower(analysis.step, analysis.factors, assignment, optimizer="AdamW")
     return program, cluster, (model, batch, optimizer, plan, analysis)
 
 
@@ -40,7 +44,8 @@ def _measured(program, model, batch, optimizer, analysis):
     "name, mesh, force, tolerance", [("opt-tiny", (2, 2), None, 0), ("resnet-tiny", (2,), "ddp", 0), ("gpt2-tiny", (2,), "zero3", 0.1)]
 )
 def test_simulated_peak_is_the_executors(name, mesh, force, tolerance):
-    program, cluster, (model, batch, optimizer, _, analysis) = _lowered(name, mesh, force)
+    # As lowered: what is gathered early has its memory when it is issued, in the simulation when its stream comes to it.
+    program, cluster, (model, batch, optimizer, _, analysis) = _lowered(name, mesh, force, scheduled=False)
     peak = timeline(program, cluster).simulate().peaks["device"].num_bytes
     assert peak == pytest.approx(_measured(program, model, batch, optimizer, analysis), rel=tolerance, abs=0)
 
@@ -54,6 +59,27 @@ def test_seconds_and_streams():
     assert result.step_time_s <= sum(i.seconds for i in made.instructions) * 1.001
     classes = {i.op_class for i in made.instructions}
     assert {"matmul", "attention", "attention_backward", "norm", "update", "all_reduce"} <= classes and "other" not in classes
+
+
+def test_a_reshape_that_copies_is_no_view():
+    program, cluster, _ = _lowered("gpt2-tiny", (2,), "ddp")
+    copies = [i for i in timeline(program, cluster).instructions if i.name.startswith(("reshape", "clone")) and i.op_class == "copy"]
+    assert copies and all(i.seconds > cluster.device.view_s and i.allocs for i in copies)
+
+
+def test_collectives_pay_for_bringing_tensors_into_pieces():
+    """A gather along the first dim needs no rearranging; along another all that arrives is copied; buckets are packed."""
+    program, cluster, _ = _lowered("opt-tiny", (2,), "zero3")
+    writer = _Writer(program, cluster, _fake_values(program, "cpu"))
+    starts = [n for n in program.graph.nodes if n.op == "call_function" and n.target in collectives.STARTS]
+    gathers = [n for n in starts if n.target is collectives.all_gather]
+    assert gathers
+    for node in gathers:
+        whole = sum(t.numel() * t.element_size() for t in _tensors(writer.values[node].result))
+        apart = math.prod(writer.values[node.args[0]].shape[: node.args[2]]) * node.args[3] > 1
+        assert writer._rearranged(node) == (0, whole if apart else 0)
+    bucket = next(n for n in starts if n.target is collectives.reduce_scatter_bucket)
+    assert writer._rearranged(bucket)[0] >= sum(writer.values[x].numel() * 4 for x in bucket.args[0])
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -1,0 +1,148 @@
+"""Schedule: when copies between tiers and gathers of parameters start and when they are waited for, within the memory there is.
+
+Lowering starts a fetch where its result is needed and waits for a copy where it starts, which is right but hides nothing. Here the starts
+move up and the waits down:
+
+- what is copied out is waited for when its stream can be done with it; until then its memory is held;
+- what is fetched (or gathered from parameters) starts as late as its stream, working backwards from all the times of need, allows, and so
+  no earlier than it must;
+- neither by more than the memory left at every instruction in between allows.
+
+Times are the running sum of the instructions' predicted seconds, memory is that of the program as lowered. The result is a list of moves,
+which is part of the plan: all ranks, and later runs, have the same order.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from ..cost_model.cluster import Cluster
+from ..cost_model.simulate import COMPUTE, Instruction
+from ..runtime import collectives, tiers
+from ..runtime.program import LocalProgram
+from .lower import Moves
+from .timeline import COLLECTIVES, Timeline
+
+_WAITS = (tiers.settle, tiers.updated)
+_GATHERS = (collectives.all_gather, collectives.all_gather_bucket)
+
+
+@dataclass(slots=True)
+class _Scheduler:
+    """nodes: the instructions in order. clock: seconds of computation before each. used: bytes on the device during each."""
+
+    nodes: list[fx.Node]
+    price: dict[fx.Node, Instruction]
+    clock: list[float]
+    used: np.ndarray
+    limit: float
+    held: dict[str, int]
+    place: dict[fx.Node, int] = field(default_factory=dict)
+    moves: Moves = field(default_factory=list)
+    fixed: list[bool] = field(default_factory=list)  # instructions that stay where they are: others move to before one of these
+
+    def run(self, *, gathers: bool) -> Moves:
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.fixed = [node.target not in _WAITS and not self._is_start(node, gathers) for node in self.nodes]
+        self._waits()
+        self._starts(gathers)
+        return self.moves
+
+    # -- waits move down --------------------------------------------------------------------------------------------------
+
+    def _waits(self) -> None:
+        free: dict[str, float] = {}
+        for node in self.nodes:
+            if node.target not in _WAITS:
+                continue
+            start = node.args[0]
+            assert isinstance(start, fx.Node), f"{node.name} waits for {start!r}"
+            item = self.price[start]
+            begin = max(self.clock[self.place[start]], free.get(item.stream, 0.0))
+            done = free[item.stream] = begin + item.seconds
+            last = min((self.place[user] for user in node.users if user.op != "output"), default=len(self.nodes) - 1)
+            target = min(bisect_left(self.clock, done), last)
+            self._move_down(node, target, self.held.get(start.name, 0))
+
+    def _move_down(self, node: fx.Node, target: int, held: int) -> None:
+        """Let a wait stand just before position `target`, or as near as the memory it goes on holding allows."""
+        at = self.place[node]
+        over = np.flatnonzero(self.used[at:target] + held > self.limit)
+        target = at + int(over[0]) if len(over) else target
+        while target > at and not self.fixed[target]:
+            target -= 1
+        if target > at + 1:
+            self.used[at:target] += held
+            self.place[node] = target
+            self.moves.append((node.name, self.nodes[target].name))
+
+    # -- starts move up ---------------------------------------------------------------------------------------------------
+
+    def _starts(self, gathers: bool) -> None:
+        next_start: dict[str, float] = {}
+        for node in reversed(self.nodes):
+            if not self._is_start(node, gathers):
+                continue
+            item = self.price[node]
+            needed = min(self.clock[self.place[user]] for user in node.users)
+            begin = min(needed, next_start.get(item.stream, needed)) - item.seconds
+            next_start[item.stream] = begin
+            earliest = max((self.place.get(used, -1) for used in node.all_input_nodes), default=-1) + 1
+            target = max(bisect_right(self.clock, begin) - 1, earliest)
+            self._move_up(node, target, sum(buffer.num_bytes for buffer in item.allocs))
+
+    def _is_start(self, node: fx.Node, gathers: bool) -> bool:
+        if node.target is tiers.fetch:
+            return True
+        return gathers and node.target in _GATHERS and bool(node.users) and all(_is_stored(used) for used in node.all_input_nodes)
+
+    def _move_up(self, node: fx.Node, target: int, num_bytes: int) -> None:
+        at = self.place[node]
+        over = np.flatnonzero(self.used[target:at] + num_bytes > self.limit)
+        target = target + int(over[-1]) + 1 if len(over) else target
+        while target < at and not self.fixed[target]:
+            target += 1
+        if target < at:
+            self.used[target:at] += num_bytes
+            self.place[node] = target
+            self.moves.append((node.name, self.nodes[target].name))
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a value is there from the beginning of the step: an input, or a piece of one."""
+    while node.op == "call_function" and node.target is collectives.take_shard:
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
+def schedule(program: LocalProgram, line: Timeline, cluster: Cluster, limit_bytes: float) -> Moves:
+    """The moves for a program as lowered, with its timeline (see the module docstring). Nothing is changed."""
+    items = {item.name: item for item in line.instructions}
+    nodes = [n for n in program.graph.nodes if n.op != "placeholder"]
+    price = {n: items[n.name] for n in nodes if n.name in items}
+    seconds = [price[n].seconds if n in price and price[n].stream == COMPUTE else 0.0 for n in nodes]
+    clock = np.concatenate([[0.0], np.cumsum(seconds)])[:-1].tolist()
+    used = _used_bytes(nodes, price, sum(buffer.num_bytes for buffer in line.resident))
+    gathers = cluster.overlap > 0 and any(item.stream == COLLECTIVES for item in line.instructions)
+    return _Scheduler(nodes, price, clock, used, limit_bytes, line.held_bytes).run(gathers=gathers)
+
+
+def _used_bytes(nodes: Sequence[fx.Node], price: dict[fx.Node, Instruction], resident: int) -> np.ndarray:
+    """int64[nodes]: bytes on the device while each instruction runs."""
+    out = np.zeros(len(nodes), dtype=np.int64)
+    sizes: dict[str, int] = {}
+    now = resident
+    for i, node in enumerate(nodes):
+        item = price.get(node)
+        if item is not None:
+            sizes |= {buffer.name: buffer.num_bytes for buffer in item.allocs}
+            now += sum(buffer.num_bytes for buffer in item.allocs)
+        out[i] = now
+        if item is not None:
+            now -= sum(sizes.get(name, 0) for name in item.frees)
+    return out

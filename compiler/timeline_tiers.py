@@ -1,0 +1,67 @@
+"""Copies between tiers on the timeline: what they yield on paper, which stream they are in, and their seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..cost_model.cluster import Cluster
+from ..cost_model.transfers import cpu_update_seconds, transfer_seconds
+from ..runtime import tiers
+from .price_places import CPU, DIRECTIONS, STREAMS
+
+
+@dataclass(frozen=True, slots=True)
+class InTier:
+    """A tensor that is stored in a tier, as `tiers.Parked`."""
+
+    tier: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.shape_numel * self.dtype.itemsize
+
+    @property
+    def shape_numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @classmethod
+    def of(cls, x: torch.Tensor, tier: str) -> InTier:
+        """What offloading a tensor yields."""
+        return cls(tier, tuple(x.shape), x.dtype, x.device)
+
+
+# What each start yields: (what its wait gives, tensors on the device that must live until then).
+STARTS: dict[Any, Callable[..., tuple[Any, list[torch.Tensor]]]] = {
+    tiers.offload: lambda x, tier: (InTier.of(x, tier), [x]),
+    tiers.write_back: lambda parked, x: (parked, [x]),
+    tiers.fetch: lambda parked: (torch.empty(parked.shape, dtype=parked.dtype, device=parked.device), []),
+    tiers.host_update: lambda params, grads, states, *_: ([*params, *(s for slots in states for s in slots)], []),
+}
+WAITS = (tiers.settle, tiers.arrive, tiers.updated)
+
+
+def copied_bytes(target: Any, args: tuple[Any, ...]) -> int:
+    """Bytes on the device that a copy out holds until it is waited for; args: the values it is called with."""
+    held = args[0] if target is tiers.offload else args[1] if target is tiers.write_back else None
+    return held.numel() * held.element_size() if isinstance(held, torch.Tensor) else 0
+
+
+def price(target: Any, args: tuple[Any, ...], cluster: Cluster) -> tuple[str, float, str]:
+    """(stream, seconds, class) of a start; args: the values it is called with."""
+    if target is tiers.host_update:
+        return CPU, cpu_update_seconds(sum(p.shape_numel for p in args[0]), cluster), "host_update"
+    if target is tiers.fetch:
+        tier, way, num_bytes = args[0].tier, "in", args[0].num_bytes
+    else:
+        tier = args[1] if target is tiers.offload else args[0].tier
+        way, num_bytes = "out", copied_bytes(target, args)
+    return STREAMS[tier, way], transfer_seconds(DIRECTIONS[tier, way], num_bytes, cluster), target.__name__
