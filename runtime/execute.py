@@ -3,7 +3,8 @@
 The graph is turned once into the text of a Python function (`program_text`), whose collectives and copies are bound to this rank's.
 
 Memory. The first run is accounted: every instruction reports what it made and what died, on the device and in the tiers behind it. Shapes
-do not change from step to step, so its peak is the peak of every step, and later steps run without the reports.
+do not change from step to step, so its peak is the peak of every step, and later steps run without the reports. On a CPU without a limit
+the process keeps what it frees, for speed; with one it is left as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .groups import AxisGroups
 from .memory import Limits, MemoryAccount, MemoryLimitError, MemoryReport, pool_limits
 from .program import STORED_KINDS, LocalProgram, Port
 from .program_text import ProgramText, write
+from .resident import keep_unless_returned
 from .reuse import gathers_in_place
 from .state import ProgramState
 from .tiers import Parked, TierOptions, TierStore, Traffic
@@ -86,7 +88,7 @@ class Executor:
         limit_bytes: Limits = None,
         tiers: TierStore | TierOptions | None = None,
     ) -> None:
-        pool_limits(limit_bytes)
+        is_limited = "device" in pool_limits(limit_bytes)
         if groups.mesh != program.mesh:
             raise ValueError(f"the program is for the mesh {program.mesh}, the process groups are for {groups.mesh}")
         check_updates_last(program.graph)
@@ -104,6 +106,8 @@ class Executor:
         self._communicator = Communicator(groups)
         self._into = gathers_in_place(program)
         self._text = write(program.graph, into=self._into)
+        if self.device.type == "cpu" and not is_limited:
+            keep_unless_returned()
         if state is not None:
             self.state = state
 

@@ -27,6 +27,16 @@ def freed_memory_is_returned() -> None:
         assert resident_bytes() - before < 2 * MB
 
 
+def a_peak_is_of_what_happened_inside() -> None:
+    torch.ones(100 * MB, dtype=torch.uint8)
+    with measure_resident_peak() as peak:
+        torch.ones(200 * MB, dtype=torch.uint8)
+    assert peak.grown_bytes == peak.peak_bytes - peak.before_bytes and abs(peak.grown_bytes - 200 * MB) < 4 * MB, peak
+    with measure_resident_peak() as quiet:
+        pass
+    assert quiet.grown_bytes < 2 * MB, quiet
+
+
 def steps_need_what_is_accounted(tier: str, folder: str) -> None:
     program = chain_program(tier, batch=8192, width=256, depth=6, state_tier=tier)
     model = Chain(256, 6)
@@ -50,6 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     assert return_freed_memory()
     freed_memory_is_returned()
+    a_peak_is_of_what_happened_inside()
     for tier in ("device", "disk"):
         steps_need_what_is_accounted(tier, sys.argv[1])
     print("resident ok")
