@@ -1,0 +1,280 @@
+"""Predicted step times under memory limits: opweave against the recipes of others, and against unlimited memory.
+
+Nothing runs here; every row is planned, both sides by one cost model (see `bench.memory`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from opweave import zoo
+from opweave.compiler.analyse import Analysis, analyse
+from opweave.compiler.capture import capture
+from opweave.compiler.plan import Plan
+from opweave.compiler.planner import GAP, DoesNotFitError, plan_step
+from opweave.cost_model.cluster import Cluster
+from opweave.cost_model.transfers import cpu_update_seconds, transfer_coefficients
+
+# model → global batch (samples, and length or image side)
+MODELS: dict[str, tuple[int, int]] = {
+    "bert-large": (32, 512),
+    "resnet-50": (256, 224),
+    "opt-1.3b": (8, 1024),
+    "opt-6.7b": (8, 1024),
+    "llama-8b": (8, 1024),
+    "mixtral-8x7b": (8, 1024),
+}
+CLUSTERS = ("a100-40gb", "dgx-a100-640", "dgx-v100")
+SHARES = (0.8, 0.5, 0.3)
+"""Device limits, as shares of what the plan that keeps everything needs, or of the device where that is less."""
+
+# recipe → (forced sharding, forced places)
+RECIPES: dict[str, tuple[str | None, str]] = {
+    "checkpoint": (None, "checkpoint"),
+    "selective:0.3": (None, "selective:0.3"),
+    "selective:0.6": (None, "selective:0.6"),
+    "offload-optimizer": (None, "offload-optimizer"),
+    "offload-all": (None, "offload-all"),
+    "zero3": ("zero3", "keep"),
+}
+EFFICIENCY = (("opt-30b", "a100-40gb"), ("opt-66b", "dgx-a100-640"), ("mixtral-8x7b", "dgx-a100-640"))
+BATCH_SIZES = (4, 8, 16, 32)
+HOST_BYTES = 512 * 2**30
+PLANNING_GOAL_S = 60.0
+TIME_LIMIT_S = 20.0
+_UNLIMITED = 1e15
+Row = dict[str, Any]
+Progress = Callable[[str], None]
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def autocast_of(cluster: Cluster) -> torch.dtype | None:
+    """bfloat16 where the device is faster in it, as anybody trains there; else none."""
+    peak = cluster.device.peak_flops
+    return torch.bfloat16 if peak.get("bfloat16", 0.0) > peak["float32"] else None
+
+
+def analysed(name: str, batch_size: tuple[int, int], autocast: torch.dtype | None) -> Analysis:
+    """A zoo model's step with AdamW."""
+    model, batch = zoo.load(name, batch_size)
+    return analyse(capture(model, batch, optimizer=torch.optim.AdamW(model.parameters()), autocast=autocast))
+
+
+def _planned(analysis: Analysis, cluster: Cluster, limit: Any, force: str | None = None, places: str = "auto") -> Plan | None:
+    """A plan on all devices as one mesh axis; None where nothing fits or the recipe does not apply."""
+    mesh = (cluster.num_devices,)
+    try:
+        return plan_step(analysis, cluster, mesh=mesh, force=force, memory_limit=limit, places=places, time_limit_s=TIME_LIMIT_S)
+    except DoesNotFitError:
+        return None
+    except ValueError:
+        if force is None:
+            raise
+        return None  # the batch cannot be split so
+
+
+# -- the frontier ---------------------------------------------------------------------------------------------------------
+
+
+def frontier(models: Iterable[str], clusters: Iterable[str], kept: list[Row], save: Callable[[list[Row]], None]) -> list[Row]:
+    """Rows of models x clusters x limits; those in `kept` are not planned again. Each is saved when found."""
+    rows = {(row["model"], row["cluster"], row["share"]): row for row in kept}
+    for name in models:
+        for cluster in map(Cluster.resolve, clusters):
+            if all((name, cluster.name, share) in rows for share in SHARES):
+                continue
+            analysis = analysed(name, MODELS[name], autocast_of(cluster))
+            unlimited = _planned(analysis, cluster, {"device": _UNLIMITED}, places="keep")
+            assert unlimited is not None, f"{name} has no plan at all"
+            base = min(unlimited.predicted["peak_bytes"]["device"], cluster.device.usable_bytes)
+            for share in SHARES:
+                row = _frontier_row(analysis, cluster, name, share, int(share * base), unlimited.solver["objective_s"])
+                rows[name, cluster.name, share] = row
+                save(list(rows.values()))
+                say(f"{name} on {cluster.name} at {share:g}: ours / best recipe = {row['ratio']} ({row['best_recipe']})")
+    return list(rows.values())
+
+
+def _frontier_row(analysis: Analysis, cluster: Cluster, name: str, share: float, limit_bytes: int, unlimited_s: float) -> Row:
+    limit = {"device": limit_bytes}
+    started = time.perf_counter()
+    ours = _planned(analysis, cluster, limit)
+    seconds = time.perf_counter() - started
+    plans = {recipe: _planned(analysis, cluster, limit, *options) for recipe, options in RECIPES.items()}
+    recipes = {recipe: _times(plan) for recipe, plan in plans.items() if plan is not None}
+    best = min(recipes, key=lambda recipe: recipes[recipe]["objective_s"]) if recipes else None
+    least = recipes[best]["objective_s"] if best else None
+    simulated = min((times["predicted_s"] for times in recipes.values()), default=None)
+    mine = _times(ours) if ours is not None else None
+    return {
+        "model": name, "batch": list(MODELS[name]), "cluster": cluster.name, "share": share, "limit_bytes": limit_bytes,
+        "unlimited_s": unlimited_s, "ours": mine, "gap": ours.solver["gap"] if ours else None, "planning_s": seconds,
+        "residency": ours.residency if ours else {}, "state": ours.state if ours else {}, "recipes": recipes, "best_recipe": best,
+        "ratio": mine["objective_s"] / least if mine and least else None,
+        "ratio_simulated": mine["predicted_s"] / simulated if mine and simulated else None,
+        "holds": least is None or (mine is not None and mine["objective_s"] <= least * (1 + GAP)),
+    }  # fmt: skip
+
+
+def _times(plan: Plan) -> dict[str, float]:
+    """objective_s: what the solver minimised; predicted_s: what the plan says, of its program; peak_bytes: on the device."""
+    return {
+        "objective_s": plan.solver["objective_s"],
+        "predicted_s": plan.predicted["step_time_s"],
+        "peak_bytes": plan.predicted["peak_bytes"]["device"],
+    }
+
+
+def frontier_summary(rows: Sequence[Row]) -> Row:
+    """Ratios of ours to the best recipe, and where a recipe is faster or the frontier is not monotone."""
+    ratios = sorted(row["ratio"] for row in rows if row["ratio"] is not None)
+    return {
+        "num_rows": len(rows),
+        "num_fit_only_ours": sum(row["ours"] is not None and not row["recipes"] for row in rows),
+        "median_ratio": ratios[len(ratios) // 2] if ratios else None,
+        "least_ratio": ratios[0] if ratios else None,
+        "most_ratio": ratios[-1] if ratios else None,
+        "violations": [_where(row) for row in rows if not row["holds"]],
+        "simulated_violations": [_where(row) for row in rows if (row["ratio_simulated"] or 0.0) > 1 + GAP],
+        "not_monotone": _not_monotone(rows),
+        "holds": all(row["holds"] for row in rows) and not _not_monotone(rows),
+    }
+
+
+def _not_monotone(rows: Sequence[Row]) -> list[str]:
+    out = []
+    for row in rows:
+        larger = [r for r in rows if (r["model"], r["cluster"]) == (row["model"], row["cluster"]) and r["share"] > row["share"]]
+        if row["ours"] and any(not r["ours"] or r["ours"]["objective_s"] > row["ours"]["objective_s"] * (1 + GAP) for r in larger):
+            out.append(_where(row))
+    return out
+
+
+def _where(row: Row) -> str:
+    return f"{row['model']} on {row['cluster']} at {row['share']:g}"
+
+
+def frontier_table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | cluster | device limit, GiB | ours, ms | " + " | ".join(RECIPES) + " |",
+        "|---" * (4 + len(RECIPES)) + "|",
+    ]
+    for row in rows:
+        mine = row["ours"]["objective_s"] if row["ours"] else None
+        cells = [row["model"], row["cluster"], f"{row['limit_bytes'] / 2**30:.1f}", f"{mine * 1e3:.4g}" if mine else "does not fit"]
+        for recipe in RECIPES:
+            other = row["recipes"].get(recipe)
+            cells.append(f"{mine / other['objective_s']:.3f}" if mine and other else "—")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# -- efficiency -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """The least seconds a step can take when parameters and AdamW's state do not fit: `seconds`, what binds, and the bytes that move in it
+    per device. The shares say what becomes of the parameters' elements."""
+
+    seconds: float
+    binds: str
+    to_device_bytes: float
+    to_host_bytes: float
+    shares: dict[str, float]
+
+
+def least_seconds(num_elements: float, compute_s: float, room_bytes: float, cluster: Cluster) -> Bound:
+    """The bound from arithmetic alone. num_elements: of the parameters, per device. room_bytes: on the device.
+
+    Each element is resident (12 bytes: float32 value and two moments), or updated by the CPU (8 bytes come for forward and backward, 4 go:
+    the gradient), or fetched with its moments (16 come, 12 go). The best mix makes the largest of compute, both directions of the link and
+    the CPU's update least. Activations, latencies and everything that is not hidden are left out, so no plan is faster.
+    """
+    _, in_s = transfer_coefficients("host_to_device", cluster)
+    _, out_s = transfer_coefficients("device_to_host", cluster)
+    resident = min(1.0, room_bytes / (12 * num_elements))
+    cpu = np.linspace(0.0, 1.0 - resident, 1001)
+    fetched = 1.0 - resident - cpu
+    to_device, to_host = (8 * cpu + 16 * fetched) * num_elements, (4 * cpu + 12 * fetched) * num_elements
+    times = {
+        "compute": np.full_like(cpu, compute_s),
+        "host to device": to_device * in_s,
+        "device to host": to_host * out_s,
+        "CPU update": cpu * cpu_update_seconds(num_elements, cluster),
+    }
+    slowest = np.max(list(times.values()), axis=0)
+    at = int(slowest.argmin())
+    return Bound(
+        seconds=float(slowest[at]), binds=max(times, key=lambda name: times[name][at]), to_device_bytes=float(to_device[at]),
+        to_host_bytes=float(to_host[at]),
+        shares={"resident": resident, "updated by the CPU": float(cpu[at]), "fetched": float(fetched[at])},
+    )  # fmt: skip
+
+
+def with_host(cluster: Cluster) -> Cluster:
+    """A single GPU gets a host of 512 GiB; a DGX has its own."""
+    return replace(cluster, host=replace(cluster.host, memory_bytes=HOST_BYTES)) if cluster.num_devices == 1 else cluster
+
+
+def efficiency(cases: Iterable[tuple[str, str]], kept: list[Row], save: Callable[[list[Row]], None]) -> list[Row]:
+    """Rows of cases x batch sizes; those in `kept` are not planned again."""
+    rows = {(row["model"], row["cluster"], row["batch"][0]): row for row in kept}
+    for name, cluster_name in cases:
+        cluster = with_host(Cluster.resolve(cluster_name))
+        for size in BATCH_SIZES:
+            if (name, cluster.name, size) in rows:
+                continue
+            row = rows[name, cluster.name, size] = _efficiency_row(name, cluster, size)
+            save(list(rows.values()))
+            say(f"{name} on {cluster.name}, batch {size}: efficiency {row['efficiency']}, bound {row['bound_efficiency']:.3f}")
+    return list(rows.values())
+
+
+def _efficiency_row(name: str, cluster: Cluster, size: int) -> Row:
+    batch = (size, zoo.row(name).batch[1])
+    analysis = analysed(name, batch, autocast_of(cluster))
+    unlimited = _planned(analysis, cluster, {"device": _UNLIMITED}, places="keep")
+    assert unlimited is not None, f"{name} has no plan at all"
+    started = time.perf_counter()
+    ours = _planned(analysis, cluster, None)
+    seconds = time.perf_counter() - started
+    full_s = unlimited.solver["objective_s"]
+    elements = zoo.row(name).num_parameters / cluster.num_devices
+    bound = least_seconds(elements, full_s, cluster.device.usable_bytes, cluster)
+    return {
+        "model": name, "batch": list(batch), "cluster": cluster.name, "host_bytes": cluster.host.memory_bytes, "unlimited_s": full_s,
+        "unlimited_bytes": unlimited.predicted["peak_bytes"]["device"], "ours": _times(ours) if ours else None,
+        "efficiency": full_s / ours.solver["objective_s"] if ours else None,
+        "efficiency_simulated": unlimited.predicted["step_time_s"] / ours.predicted["step_time_s"] if ours else None,
+        "gap": ours.solver["gap"] if ours else None, "residency": ours.residency if ours else {}, "state": ours.state if ours else {},
+        "bound_s": bound.seconds, "bound_efficiency": full_s / bound.seconds, "binds": bound.binds,
+        "bound_to_device_bytes": bound.to_device_bytes, "bound_to_host_bytes": bound.to_host_bytes, "bound_shares": bound.shares,
+        "planning_s": seconds, "planned_in_time": seconds <= PLANNING_GOAL_S,
+    }  # fmt: skip
+
+
+def efficiency_table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | cluster | batch | unlimited, s | ours, s | efficiency | bound | what binds | planned in, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = f"{row['ours']['objective_s']:.3g} | {row['efficiency']:.1%}" if row["ours"] else "does not fit | —"
+        lines.append(
+            f"| {row['model']} | {row['cluster']} | {row['batch'][0]} x {row['batch'][1]} | {row['unlimited_s']:.3g} | {ours} | "
+            f"{row['bound_efficiency']:.1%} | {row['binds']} | {row['planning_s']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
