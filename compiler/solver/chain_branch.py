@@ -13,6 +13,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
+import numba
 import numpy as np
 
 from .chain_dual import Cut, Dual, Point
@@ -143,18 +144,20 @@ def strategy_loads(dual: Dual, point: Point, x: np.ndarray) -> np.ndarray:
     for s in range(model.num_streams):
         weight = max(float(point.weight[s]), 1e-6)
         load = load + weight * model.node_stream[s]
-        load += weight * _edge_loads(model, model.edge_stream[s], x)
+        _add_edge_loads(weight, model.edge_stream[s], x, model.node_off, model.edge_u, model.edge_v, model.edge_off, load)
     return load
 
 
-def _edge_loads(model: Model, values: np.ndarray, x: np.ndarray) -> np.ndarray:
-    out, off, sizes = np.zeros(model.node_off[-1]), model.node_off, model.sizes()
-    for e in range(model.num_edges):
-        u, v = model.edge_u[e], model.edge_v[e]
-        matrix = values[model.edge_off[e] : model.edge_off[e + 1]].reshape(sizes[u], sizes[v])
-        out[off[u] : off[u + 1]] += matrix[:, x[v]]
-        out[off[v] : off[v + 1]] += matrix[x[u], :]
-    return out
+@numba.njit(cache=True, nogil=True)
+def _add_edge_loads(weight, values, x, node_off, edge_u, edge_v, edge_off, out):  # type: ignore[no-untyped-def]
+    """To ``out`` per strategy ``weight`` times ``values`` of the node's edges, the other ends as in ``x``."""
+    for e in range(len(edge_u)):
+        u, v, base = edge_u[e], edge_v[e], edge_off[e]
+        width = node_off[v + 1] - node_off[v]
+        for i in range(node_off[u + 1] - node_off[u]):
+            out[node_off[u] + i] += weight * values[base + i * width + x[v]]
+        for j in range(width):
+            out[node_off[v] + j] += weight * values[base + x[u] * width + j]
 
 
 def solve_exactly(model: Model, deadline: float, gap: float, seed: int) -> tuple[np.ndarray | None, float]:

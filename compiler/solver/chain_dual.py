@@ -142,6 +142,7 @@ class Dual:
         self.usage: list[np.ndarray] = []
         self.slots: list[int] = []
         self.bound, self.upper = -math.inf, math.inf
+        self.chosen: np.ndarray | None = None  # the selection that costs ``upper``, where this dual has met it
         self.rounds = 0
         self.best = Point(np.zeros(0), np.zeros(model.num_streams))
         self.ceiling = _ceiling(model)
@@ -180,7 +181,7 @@ class Dual:
         cost = float(m.constant + np.minimum(entries, self.graph.big).sum())
         objective = cost + max(0.0, float(stream.max(initial=0.0))) if np.isfinite(entries).all() else math.inf
         if objective < self.upper and not (over > 0).any():
-            self.upper = objective
+            self.upper, self.chosen = objective, x.copy()
             self.offer(x, objective)
         return Cut(x.copy(), cost, stream, over / self.unit)
 
@@ -193,7 +194,7 @@ class Dual:
             forward(unary, self.msg_off, self.msg, self.graph, x)
             self.rounds += 1
             cut = self.cut(x)
-            here = self._value(point, cut)
+            here = self.value(point, cut)
             if best is None or here < value:
                 value, best = here, cut
             reached = max(reached, self._safe(backward(unary, self.msg_off, self.msg, self.graph) + constant, point))
@@ -210,20 +211,21 @@ class Dual:
 
     def _polish(self, point: Point, unary: np.ndarray, cut: Cut, target: float) -> Cut:
         """Exact moves on random forests at fixed prices; every selection on the way is offered."""
-        x, value, idle = cut.x.copy(), self._value(point, cut), 0
+        x, value, idle = cut.x.copy(), self.value(point, cut), 0
         self.scratch.unary[:] = unary
         while value > target and idle < POLISH_IDLE:
             count = grow_forest(self.random.permutation(len(x)), len(x), self.graph, self.scratch)
             solve_forest(count, x, 0.0, self.graph, self.scratch)
             clear_forest(count, self.scratch)
             new = self.cut(x)
-            here = self._value(point, new)
+            here = self.value(point, new)
             idle = idle + 1 if here >= value - POLISH_GAIN * (value - target) else 0
             if here < value:
                 cut, value = new, here
         return cut
 
-    def _value(self, point: Point, cut: Cut) -> float:
+    def value(self, point: Point, cut: Cut) -> float:
+        """The priced cost of a cut's selection at ``point``."""
         return cut.cost + float(point.weight @ cut.stream) + self._priced(point, cut)
 
     def _priced(self, point: Point, cut: Cut) -> float:

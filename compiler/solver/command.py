@@ -28,7 +28,8 @@ def solve_file(
     """
     started = time.perf_counter()
     problem = SelectionProblem.load(path)
-    remaining = max(0.98 * time_limit_s - (time.perf_counter() - started), 0.01)  # the rest is for the last steps
+    kept_back = min(0.02 * time_limit_s + 2.0, 0.3 * time_limit_s)  # for starting the process and the last steps
+    remaining = max(time_limit_s - kept_back - (time.perf_counter() - started), 0.01)
     solution = solve(problem, time_limit_s=remaining, gap=gap, seed=seed, progress=_live_line if progress else None)
     if progress:
         sys.stderr.write("\n")

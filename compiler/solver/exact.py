@@ -23,9 +23,11 @@ import numpy as np
 from ortools.math_opt import model_pb2, parameters_pb2, result_pb2
 from ortools.math_opt.core.python import solver as mathopt_solver
 
-from .model import Model
+from .model import Model, slot_sums
 
 HIGHS = parameters_pb2.SOLVER_TYPE_HIGHS
+RELAXED_SHARE = 0.3
+"""Of the time left, for one solve of the linear relaxation."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,6 +144,7 @@ class Mip:
     def solve(self, deadline: float, gap: float, seed: int, work_limit: int | None = None) -> ExactResult:
         """Best solution within ``deadline`` (``time.perf_counter`` seconds)."""
         bound = -np.inf
+        self._relax(deadline, seed)
         while True:
             remaining = deadline - time.perf_counter()
             if remaining <= 0:
@@ -163,7 +166,29 @@ class Mip:
                 return ExactResult(selection=x, objective=objective, lower_bound=min(bound, objective), infeasible=False, finished=finished)
             self._cut(x, over)
 
-    def _cut(self, x: np.ndarray, over: np.ndarray) -> None:
+    def _relax(self, deadline: float, seed: int, rounds: int = 8) -> None:
+        """Add the slots that the linear relaxation passes, which is cheaper than meeting them one integral solution at a time."""
+        for _ in range(rounds if self.model.num_slots else 0):
+            remaining = deadline - time.perf_counter()
+            if remaining <= 0:
+                break
+            result = self._run(RELAXED_SHARE * remaining, 0.0, seed, None, relaxed=True)
+            if result.termination.reason != result_pb2.TERMINATION_REASON_OPTIMAL:
+                break
+            over = slot_sums(self.model, self._row_bytes(result)) - self.model.slot_limit
+            if (over <= 1e-6 * np.maximum(self.model.slot_limit, 1.0)).all():
+                break
+            self._cut(None, over)
+
+    def _row_bytes(self, result: result_pb2.SolveResultProto) -> np.ndarray:
+        """Bytes of every usage row under a fractional solution."""
+        m = self.model
+        share = np.where(self.node_var >= 0, self._values(result)[np.maximum(self.node_var, 0)], 0.0)
+        length = np.diff(m.row_off)
+        first = np.repeat(m.node_off[m.row_node] - m.row_off[:-1], length)
+        return np.add.reduceat(share[first + np.arange(len(first))] * m.row_bytes, m.row_off[:-1]) if len(length) else np.zeros(0)
+
+    def _cut(self, x: np.ndarray | None, over: np.ndarray) -> None:
         """Add the worst violated slots, well apart, or cover cuts where their rows are in already."""
         picked: list[int] = []
         for k in np.argsort(-over / np.maximum(self.model.slot_limit, 1.0), kind="stable"):
@@ -172,20 +197,23 @@ class Mip:
             if all(abs(int(k) - other) > 3 for other in picked):
                 picked.append(int(k))
         for k in picked:
-            if k in self.slots_in:
-                self.add_cover(x, k)
-            else:
+            if k not in self.slots_in:
                 self.add_slot(k)
+            elif x is not None:
+                self.add_cover(x, k)
 
-    def _selection(self, result: result_pb2.SolveResultProto) -> np.ndarray:
+    def _values(self, result: result_pb2.SolveResultProto) -> np.ndarray:
         values = np.zeros(self.num_vars)
         primal = result.solutions[0].primal_solution.variable_values
         values[np.array(primal.ids, dtype=np.int64)] = np.array(primal.values)
-        m = self.model
+        return values
+
+    def _selection(self, result: result_pb2.SolveResultProto) -> np.ndarray:
+        m, values = self.model, self._values(result)
         per_strategy = np.where(self.node_var >= 0, values[np.maximum(self.node_var, 0)], -1.0)
         return np.array([int(per_strategy[a:b].argmax()) for a, b in zip(m.node_off[:-1], m.node_off[1:], strict=True)], dtype=np.int64)
 
-    def _run(self, seconds: float, gap: float, seed: int, work_limit: int | None) -> result_pb2.SolveResultProto:
+    def _run(self, seconds: float, gap: float, seed: int, work_limit: int | None, relaxed: bool = False) -> result_pb2.SolveResultProto:
         params = parameters_pb2.SolveParametersProto()
         params.time_limit.FromNanoseconds(int(max(seconds, 0.01) * 1e9))
         params.relative_gap_tolerance = gap
@@ -193,9 +221,9 @@ class Mip:
         params.random_seed = seed % (2**31 - 1)
         if work_limit is not None:
             params.node_limit = work_limit
-        return mathopt_solver.solve(self._proto(), HIGHS, _init_args(), params, _model_params(), None, _no_callback(), None, None)
+        return mathopt_solver.solve(self._proto(relaxed), HIGHS, _init_args(), params, _model_params(), None, _no_callback(), None, None)
 
-    def _proto(self) -> model_pb2.ModelProto:
+    def _proto(self, relaxed: bool = False) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()
         upper = np.ones(self.num_vars)
         objective = np.zeros(self.num_vars)
@@ -211,7 +239,7 @@ class Mip:
         proto.variables.ids.extend(range(self.num_vars))
         proto.variables.lower_bounds.extend(np.zeros(self.num_vars))
         proto.variables.upper_bounds.extend(upper)
-        proto.variables.integers.extend((np.arange(self.num_vars) < self.num_x).tolist())
+        proto.variables.integers.extend((np.arange(self.num_vars) < (0 if relaxed else self.num_x)).tolist())
         used = np.flatnonzero(objective)
         proto.objective.linear_coefficients.ids.extend(used)
         proto.objective.linear_coefficients.values.extend(objective[used])

@@ -182,3 +182,50 @@ def forest_energy(count, x, g, s):  # type: ignore[no-untyped-def]
             if s.tree[t] < 0 or t > v:
                 total += g.matrix[g.at[g.back[h]] + x[t] * size + x[v]]
     return total
+
+
+@numba.njit(cache=True, nogil=True)
+def forest_streams(count, x, sign, flow, g, s, out):  # type: ignore[no-untyped-def]
+    """Add ``sign`` times the stream seconds that the nodes of the forest take part in to ``out`` (float64[S])."""
+    for c in range(len(out)):
+        total = 0.0
+        for k in range(count):
+            v = s.sequence[k]
+            total += flow.node[c, g.node_off[v] + x[v]]
+            size = g.node_off[v + 1] - g.node_off[v]
+            for h in range(g.half_off[v], g.half_off[v + 1]):
+                t = g.neighbor[h]
+                if s.tree[t] < 0 or t > v:
+                    total += flow.edge[c, g.at[g.back[h]] + x[t] * size + x[v]]
+        out[c] += sign * total
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_streams(x, flow, g, out):  # type: ignore[no-untyped-def]
+    """Seconds on each stream under ``x``."""
+    for c in range(len(out)):
+        total = flow.constant[c]
+        for v in range(len(x)):
+            total += flow.node[c, g.node_off[v] + x[v]]
+            for h in range(g.half_off[v], g.half_off[v + 1]):
+                t = g.neighbor[h]
+                if t > v:
+                    total += flow.edge[c, g.at[h] + x[v] * (g.node_off[t + 1] - g.node_off[t]) + x[t]]
+        out[c] = total
+
+
+@numba.njit(cache=True, nogil=True)
+def beside(stream, flow):  # type: ignore[no-untyped-def]
+    """What the busiest stream adds, less what the costs hold of the streams already."""
+    most, held = 0.0, 0.0
+    for c in range(len(stream)):
+        most = max(most, stream[c])
+        held += flow.weight[c] * (stream[c] - flow.constant[c])
+    return most - held
+
+
+@numba.njit(cache=True, nogil=True)
+def true_energy(x, flow, g, stream):  # type: ignore[no-untyped-def]
+    """The objective of ``x`` without the model's constant; ``stream`` (float64[S]) receives the seconds on each stream."""
+    fill_streams(x, flow, g, stream)
+    return energy(x, g) + beside(stream, flow)

@@ -7,6 +7,7 @@ the other side. Forbidden entries are ``big``, a finite cost no optimal selectio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numba
@@ -41,6 +42,24 @@ class Rows(NamedTuple):
     scale: np.ndarray  # float64[K]: the largest limit of the slot's pool, the unit of relative overload
     node_off: np.ndarray  # int64[N + 1]
     of_node: np.ndarray  # int64[R]: rows sorted by node
+
+
+class Flows(NamedTuple):
+    """Seconds on the side streams; ``edge`` is laid out as ``Graph.matrix``. The graph's costs hold ``weight`` times them already."""
+
+    node: np.ndarray  # float64[S, sum strategies]
+    edge: np.ndarray  # float64[S, len(matrix)]
+    weight: np.ndarray  # float64[S]
+    constant: np.ndarray  # float64[S]
+
+
+def build_flows(model: Model, stream_weight: np.ndarray | None = None) -> Flows:
+    """The streams beside ``build_graph(model, stream_weight)``."""
+    weight = np.zeros(model.num_streams) if stream_weight is None else stream_weight
+    no_cost = np.zeros_like(model.cost)
+    matrices = [build_graph(replace(model, cost=no_cost, edge_cost=seconds)).matrix for seconds in model.edge_stream]
+    edge = np.array(matrices) if matrices else np.zeros((0, 0))
+    return Flows(model.node_stream, edge, weight, model.stream_constant)
 
 
 def build_rows(model: Model) -> Rows:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .forest import new_scratch
-from .graph import Graph, Rows
+from .graph import Flows, Graph, Rows
 from .search import anneal, refine, set_seed
 
 
 @dataclass(slots=True)
 class Incumbent:
-    """A selection, its energy (linear costs without the constant; inf: none feasible yet) and the prices it was found with."""
+    """A selection, its energy (the objective without the constant; inf: none feasible yet) and the prices it was found with."""
 
     x: np.ndarray
     energy: float
@@ -28,9 +28,9 @@ class Incumbent:
 class Searcher:
     """``unit``: typical energy per node, the scale of noise."""
 
-    def __init__(self, graph: Graph, rows: Rows, seed: int, unit: float) -> None:
-        self.graph, self.rows, self.unit = graph, rows, unit
-        self.scratch = new_scratch(graph, seed)
+    def __init__(self, graph: Graph, rows: Rows, flows: Flows, seed: int, unit: float) -> None:
+        self.graph, self.unit, self.rows = graph, unit, rows
+        self.field = (graph, rows, flows, new_scratch(graph, seed))
         self.rng = np.random.default_rng(seed)
 
     def descend(self, start: Incumbent, moves: int, deadline: float) -> Incumbent:
@@ -45,7 +45,7 @@ class Searcher:
         done = 0
         while done < steps and time.perf_counter() < deadline:
             chunk = min(20, steps - done)
-            anneal(chunk, done, steps, hot, hot * 1e-2, 0.02, x, price, best, state, self.graph, self.rows, self.scratch)
+            anneal(chunk, done, steps, hot, hot * 1e-2, 0.02, x, price, best, state, *self.field)
             done += chunk
         met = Incumbent(best.copy(), float(state[0]), price)
         warm = min(hot, self.unit) * 0.1
@@ -69,7 +69,7 @@ class Searcher:
             done, rate = 0, 0.02 if hot > 0 else 0.0
             while done < moves and time.perf_counter() < deadline:
                 chunk = min(4000, moves - done)
-                refine(chunk, done, moves, smallest, largest, hot, cold, rate, x, price, best, state, self.graph, self.rows, self.scratch)
+                refine(chunk, done, moves, smallest, largest, hot, cold, rate, x, price, best, state, *self.field)
                 done += chunk
             if np.isfinite(state[0]):
                 x = best.copy()
@@ -78,5 +78,5 @@ class Searcher:
             if np.isfinite(state[0]) or time.perf_counter() > deadline:
                 break
             state[3] *= 4.0
-            refine(4000, 0, 4000, 1, 20, 0.0, 0.0, 0.0, x, price, best, state, self.graph, self.rows, self.scratch)
+            refine(4000, 0, 4000, 1, 20, 0.0, 0.0, 0.0, x, price, best, state, *self.field)
         return Incumbent(best, float(state[0]), price)

@@ -16,6 +16,7 @@ import numpy as np
 
 from .exact import ExactResult, Mip
 from .forest import energy
+from .graph import build_flows
 from .improve import Incumbent, Searcher
 from .lagrange import Dual
 from .model import Model
@@ -85,10 +86,11 @@ class _StreamWeights:
 class Run:
     """State of one solve: the best selection of ``model``, its objective and the proven bound."""
 
-    def __init__(self, model: Model, deadline: float, gap: float, seed: int, whole: bool, report: Report) -> None:
+    def __init__(self, model: Model, deadline: float, gap: float, seed: int, whole: bool, report: Report, reduction_s: float) -> None:
         self.model, self.deadline, self.gap, self.seed = model, deadline, gap, seed
         self.whole = whole  # all costs are integers: bounds can be rounded up
         self.report = report
+        self.reduction_s = reduction_s  # what the first reduction took: there is no other one with less time than that left
         self.x: np.ndarray | None = None
         self.objective, self.bound = math.inf, -math.inf
         self.infeasible = False
@@ -141,7 +143,7 @@ class Run:
         self.raise_bound(self.dual.bound)
         magnitude = max(abs(float(energy(self.dual.x, self.dual.graph))), float(np.abs(self.dual.graph.cost).max(initial=0.0)) * 1e-3)
         self.unit = max(magnitude, 1e-300) / self.model.num_nodes
-        self.searchers = [Searcher(self.dual.graph, self.dual.rows, self.seed * 2 + k, self.unit) for k in range(2)]
+        self.searchers = [self._searcher(self.dual, self.seed * 2 + k) for k in range(2)]
         moves = min(4 * self.model.num_nodes, QUICK_MOVES)
         self.take(self.searchers[0].descend(Incumbent(self.dual.x, math.inf, self.dual.price), moves, self.deadline))
         if self.model.num_streams:
@@ -166,7 +168,7 @@ class Run:
             last.run_unpriced(10, self.deadline)
             weights.record(last.bound)
             self.raise_bound(last.bound)
-            searcher = Searcher(last.graph, last.rows, self.seed + k, self.unit)
+            searcher = self._searcher(last, self.seed + k)
             found = searcher.descend(Incumbent(last.x, math.inf, last.price), 2 * self.model.num_nodes, self.deadline)
             if math.isfinite(found.energy):
                 self.offer(found.x)
@@ -175,10 +177,13 @@ class Run:
             if self.done():
                 break
         self.dual = best
-        self.searchers = [Searcher(best.graph, best.rows, self.seed * 2 + k, self.unit) for k in range(2)]
+        self.searchers = [self._searcher(best, self.seed * 2 + k) for k in range(2)]
         self.best = None
         if self.x is not None:
-            self.best = Incumbent(self.x.copy(), float(energy(self.x, best.graph)), best.price)
+            self.best = Incumbent(self.x.copy(), self.objective - self.model.constant, best.price)
+
+    def _searcher(self, dual: Dual, seed: int) -> Searcher:
+        return Searcher(dual.graph, dual.rows, build_flows(self.model, dual.weight), seed, self.unit)
 
     def take(self, found: Incumbent) -> bool:
         """Keep a searcher's result for the next cycles; offer it as the answer."""
@@ -192,6 +197,8 @@ class Run:
 
     def exact_phase(self, share: float = 0.6) -> bool:
         """Fix by bounds, reduce again, and solve exactly if what is left is small; True if that settled it."""
+        if self.deadline - time.perf_counter() < 2.0 * self.reduction_s:
+            return False
         keep = np.isfinite(self.model.cost)
         upper = math.inf
         if math.isfinite(self.objective):
@@ -219,7 +226,7 @@ class Run:
         if result.selection is not None:
             x = fixed.undo(reduced.undo(result.selection))
             self.offer(x)
-            start = Incumbent(x, float(energy(x, self.dual.graph)), self.dual.best_price)
+            start = Incumbent(x, self.model.objective(x) - self.model.constant, self.dual.best_price)
             self.take(self.searchers[0].descend(start, 4 * self.model.num_nodes, self.deadline))
         self.raise_bound(min(result.lower_bound, upper))
         self.settled = result.finished

@@ -13,21 +13,26 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .forest import clear_forest, energy, forest_energy, grow_forest, solve_forest
+from .forest import beside, clear_forest, forest_energy, forest_streams, grow_forest, solve_forest, true_energy
 from .memory import add_prices, fill_loads, load_change, prefix
 
 PRICE_FLOOR = 1e-4
 """Prices never fall below this fraction of their mean, so that a slot which starts to bind late is noticed in time."""
 
 
+EXCHANGE = 0.3
+"""Share of region moves that change two regions at once, each with its own factor on the prices: one gives the bytes the other takes."""
+
+
 @numba.njit(cache=True, nogil=True)
-def anneal(steps, start, total, hot, cold, rate, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
-    """Steps ``start .. start + steps`` of a schedule of ``total``; ``state``: [best energy, last energy, last relative overload].
+def anneal(steps, start, total, hot, cold, rate, x, price, best, state, g, rows, flow, s):  # type: ignore[no-untyped-def]
+    """Steps ``start .. start + steps`` of a schedule of ``total``; ``state``: [best objective without constant, the last one, last relative
+    overload].
 
     ``hot``/``cold``: noise at both ends; ``rate``: the prices' step. ``best`` receives the cheapest feasible selection met.
     """
     num, slots = len(x), len(price)
-    load, cum, order = np.empty(slots), np.empty(slots + 1), np.arange(num)
+    load, cum, order, stream = np.empty(slots), np.empty(slots + 1), np.arange(num), np.empty(len(flow.weight))
     for k in range(start, start + steps):
         noise = hot * (cold / hot) ** (k / total) if hot > 0 else 0.0
         for i in range(num - 1, 0, -1):
@@ -45,18 +50,21 @@ def anneal(steps, start, total, hot, cold, rate, x, price, best, state, g, rows,
             gradient = (load[i] - rows.limit[i]) / rows.scale[i]
             over = max(over, gradient)
             price[i] = max(price[i] * np.exp(rate * min(max(gradient, -1.0), 1.0)), floor)
-        state[1], state[2] = energy(x, g), over
+        state[1], state[2] = true_energy(x, flow, g, stream), over
         if over <= 0 and state[1] < state[0]:
             state[0] = state[1]
             best[:] = x
 
 
 @numba.njit(cache=True, nogil=True)
-def _grow_region(size, region, seen, stamp, g):  # type: ignore[no-untyped-def]
-    """A connected random region of up to ``size`` nodes in ``region``; returns how many."""
-    region[0] = np.random.randint(0, len(region))
-    seen[region[0]] = stamp
-    found, done = 1, 0
+def grow_region(size, begin, region, seen, stamp, g):  # type: ignore[no-untyped-def]
+    """Add a connected random region of up to ``size`` nodes to ``region[:begin]``; returns how many there are now."""
+    start = np.random.randint(0, len(region))
+    if seen[start] == stamp:
+        return begin
+    region[begin] = start
+    seen[start] = stamp
+    found, done, size = begin + 1, begin, begin + size
     while done < found and done < size:
         pick = np.random.randint(done, found)
         region[done], region[pick] = region[pick], region[done]
@@ -72,7 +80,7 @@ def _grow_region(size, region, seen, stamp, g):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _overload(load, rows):  # type: ignore[no-untyped-def]
+def overload(load, rows):  # type: ignore[no-untyped-def]
     total = 0.0
     for k in range(len(load)):
         if load[k] > rows.limit[k]:
@@ -101,17 +109,19 @@ def _update_prices(load, rate, penalty, price, weights, rows):  # type: ignore[n
 
 
 @numba.njit(cache=True, nogil=True)
-def refine(steps, start, total, smallest, largest, hot, cold, rate, x, price, best, state, g, rows, s):  # type: ignore[no-untyped-def]
+def refine(steps, start, total, smallest, largest, hot, cold, rate, x, price, best, state, g, rows, flow, s):  # type: ignore[no-untyped-def]
     """Region moves ``start .. start + steps`` of a schedule of ``total`` from ``x``.
 
-    ``state``: [best energy, energy of x, overload of x in bytes x slots, penalty per byte and slot above the limit]. ``hot``/``cold``: the
-    temperature at both ends (noise of proposals and accepted worsening), 0 for strict descent. ``rate``: the prices' step.
+    ``state``: [best objective without constant, that of x, overload of x in bytes x slots, penalty per byte and slot above the limit].
+    ``hot``/``cold``: the temperature at both ends (noise of proposals and accepted worsening), 0 for strict descent; ``rate``: the prices'
+    step.
     """
-    num, slots = len(x), len(price)
+    num, slots, exchange = len(x), len(price), EXCHANGE if len(price) + len(flow.weight) else 0.0
     load, cum, diff, weights = np.empty(slots), np.empty(slots + 1), np.zeros(slots + 1), np.empty(slots)
     region, seen, old = np.empty(num, np.int64), np.full(num, -1, np.int64), np.empty(num, np.int64)
+    stream, moved = np.empty(len(flow.weight)), np.empty(len(flow.weight))
     fill_loads(x, rows, load)
-    over, now, penalty, least_penalty = _overload(load, rows), energy(x, g), state[3], state[3]
+    over, now, penalty, least_penalty = overload(load, rows), true_energy(x, flow, g, stream), state[3], state[3]
     for step in range(start, start + steps):
         heat = hot * (cold / hot) ** (step / total) if hot > 0 else 0.0
         if (step - start) % 200 == 0:
@@ -119,15 +129,22 @@ def refine(steps, start, total, smallest, largest, hot, cold, rate, x, price, be
                 penalty = penalty * 1.1 if over > 0 else max(penalty * 0.98, least_penalty)
             _update_prices(load, rate, penalty, price, weights, rows)
             prefix(weights, cum)
-        size = _grow_region(np.random.randint(smallest, largest + 1), region, seen, step, g)
-        count = grow_forest(region, size, g, s)
-        factor = 1.5 * np.random.random()
+        size = grow_region(np.random.randint(smallest, largest + 1), 0, region, seen, step, g)
+        factor, other = 1.5 * np.random.random(), 1.5 * np.random.random()
+        for k in range(size):
+            add_prices(region[k], cum, factor, g, rows, s.unary)
+        both = grow_region(np.random.randint(smallest, largest + 1), size, region, seen, step, g) if np.random.random() < exchange else size
+        for k in range(size, both):
+            add_prices(region[k], cum, other, g, rows, s.unary)
+        count = grow_forest(region, both, g, s)
         for k in range(count):
             old[k] = x[s.sequence[k]]
-            add_prices(s.sequence[k], cum, factor, g, rows, s.unary)
-        before = forest_energy(count, x, g, s)
+        before = forest_energy(count, x, g, s) + beside(stream, flow)
+        moved[:] = stream
+        forest_streams(count, x, -1.0, flow, g, s, moved)
         solve_forest(count, x, heat, g, s)
-        change = forest_energy(count, x, g, s) - before
+        forest_streams(count, x, 1.0, flow, g, s, moved)
+        change = forest_energy(count, x, g, s) + beside(moved, flow) - before
         lo, hi = slots, 0
         for k in range(count):
             v = s.sequence[k]
@@ -145,8 +162,9 @@ def refine(steps, start, total, smallest, largest, hot, cold, rate, x, price, be
                 run += diff[k]
                 load[k] += run
             now += change
+            stream[:] = moved
             if excess != 0:
-                over = _overload(load, rows)
+                over = overload(load, rows)
             if over <= 0 and now < state[0]:
                 state[0] = now
                 best[:] = x

@@ -70,11 +70,14 @@ def solve(
     reason = _least_memory(problem, model)
     if reason:
         return _infeasible(reason, started)
+    reducing = time.perf_counter()
     reduced = presolve(drop_slots(model))
+    reduction_s = time.perf_counter() - reducing
     if reduced.infeasible:
         return _infeasible(_why_infeasible(problem, model), started)
     history = _History(started, progress)
-    run = Run(reduced.model, started + time_limit_s, gap, seed, _whole(problem), lambda: history.add(run.objective, run.bound))
+    deadline, whole = started + time_limit_s, _whole(problem)
+    run = Run(reduced.model, deadline, gap, seed, whole, lambda: history.add(run.objective, run.bound), reduction_s)
     run.execute(work_limit)
     if run.infeasible:
         return _infeasible(_why_infeasible(problem, model), started)

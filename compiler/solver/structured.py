@@ -5,7 +5,8 @@ Statement
     less than ``upper`` uses no strategy or pair whose exclusive bound is ``upper`` or more (``marginals``), so forbidding those keeps
     all selections better than the best one known.
 Rounds
-    1. raise the bound by prices and weights; selections met on the way that fit are candidates;
+    1. raise the bound by prices and weights; selections met on the way that fit are candidates; where they are far from the bound, local
+       search (``improve``) and exact solutions of what a cutoff just above the bound leaves;
     2. where much is still open, branch and bound on the same dual (``chain_branch``);
     3. forbid what no better selection uses, reduce (``presolve``), which also moves loads and costs that are now fixed into constants;
     4. a small remainder goes to the exact solver: if it has nothing better, the best one known is optimal.
@@ -24,6 +25,8 @@ import numpy as np
 from ..problem import SelectionProblem
 from .chain_branch import EXACT_ENTRIES, Search, solve_exactly
 from .chain_dual import Dual, Point, slot_usage
+from .graph import build_flows, build_graph, build_rows
+from .improve import Incumbent, Searcher
 from .model import Model, from_problem
 from .presolve import Reduced, presolve
 from .substitute import drop_slots
@@ -40,6 +43,14 @@ MOST_SPLITS = 400
 
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Stream weights at which strategies are tested besides the best point: what loads a stream far too much shows at high ones."""
+
+
+MOVES_PER_NODE, HOT = 5, 0.03
+"""Of the local search: moves per node of the model, starting noise in units of cost per node."""
+
+
+FIRST_SLACK, WIDEN, PROBE_SHARE = 0.05, 4.0, 0.2
+"""Of the probes: the first cutoff above the bound in units of the gap, its growth, the share of the time left for each."""
 
 
 class Structured:
@@ -59,6 +70,8 @@ class Structured:
         while not self.done():
             entries = self._entries()
             dual = self._raise()
+            if not self.done() and (stalled or self._relative() > SHRINK_GAP):
+                self._press(dual)
             if self.done() or self._impossible(dual, dual.bound):
                 return
             if (stalled or self._relative() > SHRINK_GAP) and self._search(dual):
@@ -118,6 +131,52 @@ class Structured:
         dual.ascend(0.5 * self.gap, 60)
         self.bound = max(self.bound, min(dual.bound, self.objective))
         return dual
+
+    def _press(self, dual: Dual) -> None:
+        """Better selections than the dual meets by itself: local search, then exact solutions just above the bound."""
+        self._improve(dual, min(dual.cuts, key=lambda cut: dual.value(dual.best, cut)).x)
+        dual.ascend(0.5 * self.gap, 60, dual.cuts[-20:])  # the first ascent ends early where it knows no fair selection
+        self.bound = max(self.bound, min(dual.bound, self.objective))
+        if not self.done() and self._probe(dual) and dual.chosen is not None and not self.done():
+            self._improve(dual, dual.chosen)
+
+    def _probe(self, dual: Dual) -> bool:
+        """Guess a cutoff just above the bound, forbid what no selection below it uses, solve the rest exactly; then a wider one.
+
+        Whatever is found is a selection of the whole, and none below the cutoff is lost: the exact bound, up to the cutoff, holds.
+        Ends with the first cutoff that is neither proven empty nor brings a better selection; True if one was found.
+        """
+        slack, before = FIRST_SLACK * self.gap * abs(dual.bound), self.objective
+        while not self.done() and dual.bound + slack < self.objective:
+            cutoff = dual.bound + slack
+            reduced = presolve(dual.forbid([dual.best], cutoff))
+            bound, last = math.inf, self.objective
+            if not reduced.infeasible and not (reduced.model.slot_limit < 0).any():
+                if np.isfinite(reduced.model.edge_cost).sum() > EXACT_ENTRIES:
+                    break
+                now = time.perf_counter()
+                x, bound = solve_exactly(reduced.model, now + PROBE_SHARE * (self.deadline - now), 0.25 * self.gap, self.seed)
+                if x is not None:
+                    dual.cut(reduced.undo(x))
+            self.bound = max(self.bound, min(bound, cutoff, self.objective))
+            if bound < cutoff and self.objective == last:
+                break
+            slack *= WIDEN
+        return self.objective < before
+
+    def _improve(self, dual: Dual, start: np.ndarray) -> None:
+        """Local search from ``start`` under the true limits and streams; what fits goes to the dual, which offers it."""
+        model, point = self.reduced.model, dual.best
+        graph, price = build_graph(model, point.weight), np.zeros(model.num_slots)
+        for k, p in zip(dual.slots, point.price, strict=False):
+            price[k] += p / dual.unit[k]
+        unit = max(abs(self.bound), 1e-300) / model.num_nodes
+        searcher = Searcher(graph, build_rows(model), build_flows(model, point.weight), self.seed, unit)
+        moves = MOVES_PER_NODE * model.num_nodes
+        found = searcher.descend(Incumbent(start, math.inf, price), moves, self.deadline)
+        again = searcher.settle(found, HOT * unit, moves, 30, self.deadline)
+        for x in (found.x, again.x):
+            dual.cut(x)
 
     def _shrink(self, dual: Dual) -> bool:
         if self.objective == math.inf:

@@ -95,7 +95,7 @@ def test_empty_problem() -> None:
 
 def test_same_seed_same_answer() -> None:
     problem = chain(40, 6, 40 * 30.0, seed=3)
-    first, second = (solve(problem, gap=0.0, time_limit_s=30.0, seed=5, work_limit=1) for _ in range(2))
+    first, second = (solve(problem, gap=0.0, time_limit_s=600.0, seed=5, work_limit=1) for _ in range(2))
     assert first.selection.tolist() == second.selection.tolist()
     assert first.objective == second.objective
 
