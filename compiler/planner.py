@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 GAP = 1e-4
 """Plans are proven to within this share of the best possible predicted time."""
+PLACES_GAP = 1e-3
+"""The same for plans that also choose where tensors live."""
 
 
 _WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
@@ -200,7 +202,7 @@ class _Search:
         t0 = time.perf_counter()
         priced = Pricer(graph, self.cluster, limits, places=places, recipe=self.places).price()
         t1 = time.perf_counter()
-        solution = _solution(priced.problem, self.time_limit_s)
+        solution = _solution(priced.problem, self.time_limit_s, places=places)
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
         return Candidate(mesh, priced, solution, places)
@@ -253,13 +255,19 @@ def _warm_up() -> None:
     solve_structured(builder.build(), time_limit_s=600.0, gap=GAP, seed=0)
 
 
-def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
-    """Step graphs are nearly chains, for which there is an engine of its own; what it cannot close goes to the general one."""
+def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = False) -> Solution:
+    """Step graphs are nearly chains, with places they are many small items to pack: there is an engine for either. What it cannot close
+    goes to the general one."""
     # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
     from .solver import solve
+    from .solver.places import solve_places
     from .solver.structured import solve_structured
 
     _warm_up()
+    if places:
+        packed = solve_places(problem, time_limit_s=time_limit_s, gap=PLACES_GAP, seed=0)
+        if packed is not None:
+            return packed
     structured = solve_structured(problem, time_limit_s=min(time_limit_s, 10.0), gap=GAP, seed=0)
     if structured is not None and structured.status != "feasible":
         return structured
