@@ -1,209 +1,92 @@
 """The command line. `--json` prints exactly one JSON object on stdout; everything else that is said then goes to stderr.
 
 Exit status: 0 when what was asked holds, 1 when a check does not hold, 2 for bad input, 130 when interrupted.
-Heavy modules are imported inside the commands, so that `opweave --help` answers at once.
+Heavy modules are imported inside the commands, so that `opweave --help` answers at once. `cli_base` has what all commands share,
+`cli_memory` the commands about memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import os
-import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-app = typer.Typer(
-    name="opweave",
-    help="Plans how every operator of a PyTorch training step is split over a cluster, and runs the plan.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from .cli_base import (
+    AutocastOption,
+    BatchOption,
+    CheckFailed,
+    ClusterOption,
+    ForceOption,
+    JsonOption,
+    LimitOption,
+    MeshOption,
+    Model,
+    OptimizerOption,
+    PlacesOption,
+    app,
+    autocast_dtype,
+    batch_sizes,
+    busy,
+    escaped,
+    limits_of,
+    load_plan,
+    messages,
+    named_dtype,
+    named_optimizer,
+    parse_sizes,
+    print_json,
+    reports_errors,
+    resolve_model,
+    screen,
+    source_of,
+    steps_bar,
 )
-# Where stdout is no terminal, tables are as wide as a report may be.
-_out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
-_err = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A model of the zoo (`opweave models`) or package.module:function that returns (model, batch).")]
-ClusterOption = Annotated[
-    str, typer.Option("--cluster", "-c", help="A shipped cluster, NAMExNODES, NAME:DEVICES, a cluster file, or detect.")
-]
-BatchOption = Annotated[
-    str | None, typer.Option("--batch", "-b", metavar="BxS", help="Global batch size, and sequence length or image size.")
-]
-MeshOption = Annotated[str | None, typer.Option("--mesh", metavar="2x4", help="Device mesh; all that fit are tried without it.")]
-ForceOption = Annotated[str | None, typer.Option("--force", help="A named plan such as ddp, zero3 or megatron instead of the solver's.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-class CheckFailed(Exception):
-    """What was asked was checked and does not hold. printed: the JSON object is on stdout already."""
-
-    def __init__(self, message: str, *, printed: bool = False) -> None:
-        super().__init__(message)
-        self.printed = printed
+from .cli_memory import refusals_explained, smallest_plan
 
 
 def main() -> None:
     """Entry point of the console script."""
-    warnings.showwarning = lambda message, *_, **__: _err.print(f"[yellow]warning:[/] {_escaped(str(message))}", soft_wrap=True)
+    warnings.showwarning = lambda message, *_, **__: messages.print(f"[yellow]warning:[/] {escaped(str(message))}", soft_wrap=True)
     app()
 
 
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what a user can put right as one message, and say by the exit status what happened."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        as_json = bool(kwargs.get("as_json"))
-        try:
-            command(*args, **kwargs)
-        except CheckFailed as error:
-            _fail(str(error), 1, as_json and not error.printed)
-        except (ValueError, ImportError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            _fail(str(error), 2, as_json)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130, as_json)
-
-    return run
-
-
-def _fail(message: str, status: int, as_json: bool) -> None:
-    _err.print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
-    if as_json:
-        _print_json({"error": message})
-    raise typer.Exit(status)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
-def _print_json(value: Any) -> None:
-    from .cli_tables import plain
-
-    sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _busy(text: str) -> Iterator[None]:
-    """A moving line on stderr while something takes long; nothing where stderr is no terminal."""
-    if not _err.is_terminal:
-        yield
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_err, transient=True) as progress:
-        progress.add_task(text, total=None)
-        yield
-
-
-# --- reading arguments ---------------------------------------------------------------------------------------------------------------
-
-
-def parse_sizes(text: str, option: str) -> tuple[int, ...]:
-    """"2x4" as (2, 4). Raises ValueError that names the option."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise ValueError(f"{option} {text!r} is not a list of sizes; write whole numbers above 0 with x between them, such as 8 or 2x4")
-    return tuple(int(part) for part in text.split("x"))
-
-
-def _batch(text: str | None) -> tuple[int, int] | None:
-    """"8x1024" as (8, 1024)."""
-    if text is None:
-        return None
-    sizes = parse_sizes(text, "--batch")
-    if len(sizes) != 2:
-        raise ValueError(f"--batch {text!r} has {len(sizes)} sizes; write BATCHxSEQUENCE or BATCHxIMAGE, such as 8x1024")
-    return sizes[0], sizes[1]
-
-
-def _resolve_model(spec: str, batch: tuple[int, int] | None) -> tuple[Any, Any]:
-    """(model, batch) of a zoo name or of a user's function, which may lie in the current folder."""
-    from . import zoo
-
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return zoo.resolve(spec, batch)
-
-
-def _optimizer(name: str, model: Any) -> Any:
-    """A torch optimizer by name over the model's trainable parameters; None for "none"."""
-    import torch
-
-    kinds: dict[str, Callable[[Any], Any]] = {
-        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
-        "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
-        "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
-        "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
-    }
-    if name == "none":
-        return None
-    if name not in kinds:
-        raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(kinds)} and none")
-    return kinds[name]([p for p in model.parameters() if p.requires_grad])
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    names = ("float64", "float32", "bfloat16")
-    if name not in names:
-        raise ValueError(f"unknown dtype {name!r}; known are {', '.join(names)}")
-    return getattr(torch, name)
-
-
-def _parse_bytes(text: str | None) -> int | None:
-    """"40GiB" or a number of bytes."""
-    if text is None:
-        return None
-    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", text)
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"--memory-limit {text!r} is not a size; write for example 40GiB or 42949672960")
-    return int(float(match[1]) * units[match[2]])
-
-
-# --- commands -----------------------------------------------------------------------------------------------------------------------
-
-
 @app.command()
-@_reports_errors
+@reports_errors
 def plan(
     model: Model,
     cluster: ClusterOption = "detect",
     batch: BatchOption = None,
     mesh: MeshOption = None,
     force: ForceOption = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd, momentum or none.")] = "adamw",
-    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Use at most this much memory per device, e.g. 40GiB.")] = None,
+    optimizer: OptimizerOption = "adamw",
+    autocast: AutocastOption = None,
+    memory_limit: LimitOption = None,
+    places: PlacesOption = "auto",
+    minimise: Annotated[str | None, typer.Option(metavar="memory", help="Find the smallest device memory that works.")] = None,
+    suggestions: Annotated[bool, typer.Option(help="Where nothing fits, try for a minute what would.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a model's training step for a cluster. Needs no GPU and allocates no weights."""
     from .cost_model.cluster import Cluster
 
+    if minimise not in (None, "memory"):
+        raise ValueError(f"--minimise {minimise!r} is nothing that can be minimised but the time, which is; known is memory")
     where = Cluster.resolve(cluster)
-    sizes, limit = _batch(batch), _parse_bytes(memory_limit)
-    mesh_sizes = None if mesh is None else parse_sizes(mesh, "--mesh")
-    with _busy(f"planning {model} on {where.name}"):
+    sizes, limits = batch_sizes(batch), None if memory_limit is None else limits_of(memory_limit, where)
+    options = {"mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "places": places}
+    with busy(f"planning {model} on {where.name}") as doing:
         from .compiler import api
 
-        built, example = _resolve_model(model, sizes)
-        made = api.plan(
-            built, where, example, optimizer=_optimizer(optimizer, built), mesh=mesh_sizes, force=force, memory_limit=limit
-        )
+        built, example = resolve_model(model, sizes)
+        given = {"optimizer": named_optimizer(optimizer, built), "autocast": autocast_dtype(autocast), "memory_limit": limits, **options}
+        with refusals_explained(built, where, example, given, doing if suggestions else None, as_json):
+            made = smallest_plan(built, where, example, given, doing) if minimise else api.plan(built, where, example, **given)
     # What `verify PLAN` needs to build the model again; the planner itself never sees a name of the zoo.
-    made.model.update(spec=model, batch=list(sizes or ()), optimizer=optimizer)
+    made.model.update(spec=model, batch=list(sizes or ()), optimizer=optimizer, **({"autocast": autocast} if autocast else {}))
     if output is not None:
         made.save(output)
     _show_plan(made, as_json, model=model, cluster=where.name)
@@ -213,39 +96,35 @@ def plan_report(made: Any, **names: str) -> dict[str, Any]:
     """What `plan` and `show` print with --json."""
     from .cli_tables import plain
 
-    keys = ("mesh", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops")
+    keys = ("mesh", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency", "state")
     return {**names, **{key: plain(getattr(made, key)) for key in keys}}
 
 
 def _show_plan(made: Any, as_json: bool, **names: str) -> None:
-    from .cli_tables import plain, plan_summary, rows_table
+    from .cli_tables import memory_tables, plain, plan_summary, rows_table
 
     report = plan_report(made, **names)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
-    _out.print(plan_summary(report))
+    screen.print(plan_summary(report))
+    for table in memory_tables(report):
+        screen.print(table)
     rows = plain(list(made.modules))
     if rows:
-        _out.print(rows_table("modules", rows))
-
-
-def _load_plan(path: Path) -> Any:
-    from .compiler.plan import Plan
-
-    return Plan.load(path)
+        screen.print(rows_table("modules", rows))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def show(plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")], as_json: JsonOption = False) -> None:
     """Show a plan: mesh, patterns by their usual names, predicted time and memory, and how each module is split."""
-    made = _load_plan(plan_file)
+    made = load_plan(plan_file)
     _show_plan(made, as_json, model=made.model.get("spec", made.model["name"]), cluster=made.cluster["name"])
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def explain(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
     module: Annotated[str, typer.Argument(help="Only modules whose path contains this.")] = "",
@@ -254,23 +133,23 @@ def explain(
     """Explain a plan module by module, and name the ops that run replicated with the reason."""
     from .cli_tables import plain, rows_table
 
-    made = _load_plan(plan_file)
+    made = load_plan(plan_file)
     rows = [row for row in plain(list(made.modules)) if module in str(row.get("path", ""))]
     if module and not rows:
         raise ValueError(f"no module of the plan has {module!r} in its path; `opweave show {plan_file}` lists them")
     replicated = plain(list(made.replicated_ops))
     if as_json:
-        _print_json({"modules": rows, "replicated_ops": replicated})
+        print_json({"modules": rows, "replicated_ops": replicated})
         return
-    _out.print(rows_table("modules", rows))
+    screen.print(rows_table("modules", rows))
     if replicated:
-        _out.print(rows_table("replicated", [row if isinstance(row, dict) else {"op": row} for row in replicated]))
+        screen.print(rows_table("replicated", [row if isinstance(row, dict) else {"op": row} for row in replicated]))
     else:
-        _out.print("every op of the plan has a rule")
+        screen.print("every op of the plan has a rule")
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def diff(
     first: Annotated[Path, typer.Argument(help="A plan file.")],
     second: Annotated[Path, typer.Argument(help="Another plan file.")],
@@ -279,15 +158,15 @@ def diff(
     """Compare two plans: predictions, and the modules that are split differently."""
     from .cli_tables import mesh_text, pairs_table, plain, rows_table, seconds_text
 
-    a, b = _load_plan(first), _load_plan(second)
+    a, b = load_plan(first), load_plan(second)
     changed = _changed_modules(plain(list(a.modules)), plain(list(b.modules)))
     times = [plain(p.predicted)["step_time_s"] for p in (a, b)]
     if as_json:
-        _print_json({"mesh": [list(a.mesh), list(b.mesh)], "step_time_s": times, "modules": changed})
+        print_json({"mesh": [list(a.mesh), list(b.mesh)], "step_time_s": times, "modules": changed})
         return
     shown = zip((first, second), (a, b), times, strict=True)
-    _out.print(pairs_table("plans", {str(path): f"mesh {mesh_text(p.mesh)}, step {seconds_text(time)}" for path, p, time in shown}))
-    _out.print(rows_table("modules that differ", changed) if changed else "all modules are split equally")
+    screen.print(pairs_table("plans", {str(path): f"mesh {mesh_text(p.mesh)}, step {seconds_text(time)}" for path, p, time in shown}))
+    screen.print(rows_table("modules that differ", changed) if changed else "all modules are split equally")
 
 
 def _changed_modules(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -301,7 +180,7 @@ def _changed_modules(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> list[d
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
     ranks: Annotated[str | None, typer.Option(metavar="2x4", help="Mesh of the ranks run in lockstep.")] = None,
@@ -316,10 +195,10 @@ def verify(
     """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
     from .cli_tables import pairs_table, plain
 
-    sizes, kind, made = _batch(batch), _dtype(dtype), None
+    sizes, kind, made = batch_sizes(batch), named_dtype(dtype), None
     if model.endswith(".json") or Path(model).is_file():
-        made = _load_plan(Path(model))
-        model, optimizer, force = _source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
+        made = load_plan(Path(model))
+        model, optimizer, force = source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
         recorded = made.model.get("batch")
         sizes = sizes or ((recorded[0], recorded[1]) if recorded else None)
         ranks = ranks or "x".join(map(str, made.mesh))
@@ -328,12 +207,12 @@ def verify(
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
     mesh = parse_sizes(ranks, "--ranks")
-    with _busy(f"running {model} on {ranks} ranks in lockstep"):
+    with busy(f"running {model} on {ranks} ranks in lockstep"):
         from .compiler import api
         from .compiler.verify import VerificationError
 
-        built, example = _resolve_model(model, sizes)
-        chosen = _optimizer(optimizer, built)
+        built, example = resolve_model(model, sizes)
+        chosen = named_optimizer(optimizer, built)
         if made is not None:
             from .compiler.timeline import in_any_precision
 
@@ -346,25 +225,14 @@ def verify(
             raise CheckFailed(str(error)) from error
     result = {key: plain(getattr(report, key)) for key in ("max_relative_difference", "collectives", "replicated_ops")}
     if as_json:
-        _print_json({"model": model, "ranks": list(mesh), **result})
+        print_json({"model": model, "ranks": list(mesh), **result})
     else:
         title = f"{model} on {ranks} ranks, {steps} steps in {str(kind).removeprefix('torch.')}"
-        _out.print(pairs_table(title, {k: str(v) for k, v in result.items()}))
-
-
-def _source_of(made: Any, path: str) -> str:
-    """The model a plan file was made for, as `opweave plan` wrote it down."""
-    spec = made.model.get("spec")
-    if not spec:
-        raise ValueError(
-            f"{path} does not say how to build its model {made.model['name']!r} (it was not made by `opweave plan`); "
-            f"give the model instead: opweave verify MODEL --ranks {'x'.join(map(str, made.mesh))}"
-        )
-    return str(spec)
+        screen.print(pairs_table(title, {k: str(v) for k, v in result.items()}))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def models(as_json: JsonOption = False) -> None:
     """List the models that ship: name, family, parameters, default batch and where the sizes come from."""
     from . import zoo
@@ -372,13 +240,13 @@ def models(as_json: JsonOption = False) -> None:
 
     rows = zoo.describe()
     if as_json:
-        _print_json({"models": rows})
+        print_json({"models": rows})
     else:
-        _out.print(rows_table("models", rows))
+        screen.print(rows_table("models", rows))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def clusters(
     name: Annotated[str | None, typer.Argument(help="Show every constant of this cluster with its source.")] = None,
     as_json: JsonOption = False,
@@ -390,19 +258,19 @@ def clusters(
     if name is not None:
         found = Cluster.resolve(name)
         if as_json:
-            _print_json(found.to_dict())
+            print_json(found.to_dict())
         else:
-            _out.print(cluster_table(found))
+            screen.print(cluster_table(found))
         return
     found_all = [Cluster.preset(n) for n in preset_names()]
     if as_json:
-        _print_json({"clusters": [cluster_row(c) for c in found_all]})
+        print_json({"clusters": [cluster_row(c) for c in found_all]})
     else:
-        _out.print(clusters_table(found_all))
+        screen.print(clusters_table(found_all))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def simulate(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
     cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Price it for this cluster instead of the plan's.")] = None,
@@ -413,19 +281,19 @@ def simulate(
     from .cost_model.cluster import Cluster
     from .cost_model.simulate import chrome_trace
 
-    made = _load_plan(plan_file)
-    spec = _source_of(made, str(plan_file))
+    made = load_plan(plan_file)
+    spec = source_of(made, str(plan_file))
     where = Cluster.resolve(cluster or made.cluster["name"])
     if where.num_devices != made.cluster.get("num_devices", where.num_devices):
         raise ValueError(
             f"the plan is for {made.cluster['num_devices']} devices, cluster {where.name!r} has {where.num_devices}; give one of that size"
         )
-    with _busy(f"simulating {spec} on {where.name}"):
+    with busy(f"simulating {spec} on {where.name}"):
         from .compiler.timeline import timeline_of_plan
 
         recorded = made.model.get("batch")
-        built, example = _resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
-        optimizer = _optimizer(made.model.get("optimizer", "adamw"), built)
+        built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+        optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
         line = timeline_of_plan(made, built, example, where, optimizer=optimizer)
         result = line.simulate()
     if trace is not None:
@@ -454,7 +322,7 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: boo
         "price": step_price(where, result.step_time_s),
     }
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     facts = {
         "step": f"{seconds_text(result.step_time_s)} (the plan says {seconds_text(made.predicted['step_time_s'])})",
@@ -463,14 +331,14 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: boo
         "peak": cell("bytes", peaks),
         "energy": "-" if report["joules"] is None else f"{report['joules']:.3g} J",
     }
-    _out.print(pairs_table(f"{len(line.instructions)} instructions on {where.name}", facts))
-    _out.print(rows_table("seconds by class", [{"class": k, "time": v} for k, v in classes.items()]))
+    screen.print(pairs_table(f"{len(line.instructions)} instructions on {where.name}", facts))
+    screen.print(rows_table("seconds by class", [{"class": k, "time": v} for k, v in classes.items()]))
     for pool, rows in owners.items():
-        _out.print(rows_table(f"peak of {pool}: {bytes_text(peaks[pool])}", rows))
+        screen.print(rows_table(f"peak of {pool}: {bytes_text(peaks[pool])}", rows))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def compare(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
     cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Predict with this cluster instead of the plan's.")] = None,
@@ -484,14 +352,14 @@ def compare(
     from . import calibration, comparison
     from .cost_model.cluster import Cluster
 
-    made = _load_plan(plan_file)
-    spec = _source_of(made, str(plan_file))
+    made = load_plan(plan_file)
+    spec = source_of(made, str(plan_file))
     leads = calibration.join_job() == 0
     where = Cluster.resolve(cluster or made.cluster["name"])
     recorded = made.model.get("batch")
-    built, example = _resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+    built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
     given = comparison.Profile.from_dict(json.loads(profile.read_text())) if profile is not None else None
-    optimizer = _optimizer(made.model.get("optimizer", "adamw"), built)
+    optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
     report, found = comparison.compare(made, built, example, where, optimizer=optimizer, profile=given, steps=steps)
     if not leads:
         return
@@ -505,19 +373,19 @@ def _show_comparison(spec: str, report: dict[str, Any], as_json: bool) -> None:
     from .cli_tables import bytes_text, pairs_table, rows_table, seconds_text
 
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     predicted, measured = report["predicted"], report["measured"]
     facts = {
         "step": f"{seconds_text(predicted['step_time_s'])} / {seconds_text(measured['step_time_s'])} ({report['step_time_error']:+.0%})",
         "peak": f"{bytes_text(predicted['peak_bytes'])} / {bytes_text(measured['peak_bytes'])} ({report['peak_error']:+.0%})",
     }
-    _out.print(pairs_table(f"{spec}: predicted / measured", facts))
-    _out.print(rows_table("by class", report["rows"]))
+    screen.print(pairs_table(f"{spec}: predicted / measured", facts))
+    screen.print(rows_table("by class", report["rows"]))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The cluster file to write.")] = Path("cluster.json"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and shorter runs.")] = False,
@@ -537,7 +405,7 @@ def calibrate(
     else:
         leads = calibration.join_job() == 0
         options = Options(quick=quick, memory_share=memory_share, folder=output.resolve().parent)
-        with _steps_bar("calibrating", leads) as progress:
+        with steps_bar("calibrating", leads) as progress:
             made = calibration.calibrate_here(output, options, progress)
         if leads:
             _show_calibration(output, made, as_json)
@@ -548,7 +416,7 @@ def _show_calibration(path: Path, made: Any, as_json: bool) -> None:
 
     found = made.calibration
     if as_json:
-        _print_json({"file": str(path), "calibration": found, "cluster": cluster_row(made)})
+        print_json({"file": str(path), "calibration": found, "cluster": cluster_row(made)})
         return
     facts = {
         "file": path,
@@ -558,8 +426,8 @@ def _show_calibration(path: Path, made: Any, as_json: bool) -> None:
         "overlap": f"{made.overlap:.0%}",
         "took": f"{found['seconds']} s",
     }
-    _out.print(pairs_table("calibrated", facts))
-    _out.print(rows_table("relative error on held-out samples", [{"class": k, **v} for k, v in found["residuals"].items()]))
+    screen.print(pairs_table("calibrated", facts))
+    screen.print(rows_table("relative error on held-out samples", [{"class": k, **v} for k, v in found["residuals"].items()]))
 
 
 def _check_calibration(path: Path, as_json: bool) -> None:
@@ -570,10 +438,10 @@ def _check_calibration(path: Path, as_json: bool) -> None:
     leads = calibration.join_job() == 0
     report = calibration.check_here(Cluster.load(path))
     if leads and as_json:
-        _print_json(report)
+        print_json(report)
     elif leads:
-        _out.print(rows_table(f"{path}: predicted against measured now", report["rows"]))
-        _out.print(f"median error {report['median_error']:.0%}, {report['tolerance']:.0%} is allowed")
+        screen.print(rows_table(f"{path}: predicted against measured now", report["rows"]))
+        screen.print(f"median error {report['median_error']:.0%}, {report['tolerance']:.0%} is allowed")
     if not report["holds"]:
         raise CheckFailed(
             f"{path} does not hold here any more: median error {report['median_error']:.0%}; run `opweave calibrate -o {path}`",
@@ -591,27 +459,13 @@ def _correct_calibration(path: Path, profile: Path, as_json: bool) -> None:
         raise ValueError(f'{profile} has no corrections: it needs {{"factors": {{"matmul/float32": 1.1, ...}}}}')
     corrected(Cluster.load(path), factors).save(path)
     if as_json:
-        _print_json({"file": str(path), "factors": factors})
+        print_json({"file": str(path), "factors": factors})
     else:
-        _out.print(f"{path}: {len(factors)} curves corrected")
-
-
-@contextlib.contextmanager
-def _steps_bar(text: str, shown: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on stderr for known steps; gives the callback (done, total, what)."""
-    if not (shown and _err.is_terminal):
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=f"{text} {what[:40]:40}")
+        screen.print(f"{path}: {len(factors)} curves corrected")
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def solve(
     file: Annotated[Path, typer.Argument(help="A selection problem in the JSON of the ASPLOS/EuroSys 2025 contest.")],
     time_limit: Annotated[float, typer.Option(help="Seconds, reading the file included.")] = 60.0,
@@ -625,11 +479,11 @@ def solve(
     from .cli_tables import pairs_table
     from .compiler.solver.command import solve_file
 
-    answer = solve_file(file, time_limit, seed, output, progress=_err.is_terminal)
+    answer = solve_file(file, time_limit, seed, output, progress=messages.is_terminal)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     else:
-        _out.print(pairs_table(str(file), {k: str(v) for k, v in answer.items() if k != "solution"}))
+        screen.print(pairs_table(str(file), {k: str(v) for k, v in answer.items() if k != "solution"}))
     if answer.get("status") == "infeasible":
         raise CheckFailed(str(answer.get("reason") or "no selection fits the memory limits"), printed=as_json)
 

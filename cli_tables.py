@@ -124,6 +124,57 @@ def plan_summary(report: Mapping[str, Any]) -> Table:
     return pairs_table("plan", {k: v for k, v in pairs.items() if v})
 
 
+_RESIDENCY = {
+    "keep": "kept on the device",
+    "offload_host": "copied to the host's memory and back",
+    "offload_disk": "copied to disk and back",
+    "recompute": "computed again in the backward pass",
+    "drop": "dropped: nobody reads it again",
+}
+_POOLS = {"device": "on the device", "host": "in the host's memory", "disk": "on disk"}
+_UPDATERS = {"device": "the device", "host": "the CPU"}
+_NUM_OWNERS = 5
+
+
+def memory_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Where a plan keeps things, in words: pools, the peak's owners, results of the forward pass, parameters. Empty ones are left out."""
+    predicted, limits = report["predicted"], report.get("limits", {})
+    peaks = predicted["peak_bytes"] if isinstance(predicted["peak_bytes"], Mapping) else {}
+    pools = [_pool_row(pool, num_bytes, limits.get(pool)) for pool, num_bytes in peaks.items() if num_bytes or pool in limits]
+    owners = [{"name": row["name"], "bytes": row["bytes"]} for row in predicted.get("peak_owner", [])[:_NUM_OWNERS]]
+    results = [{"results": _RESIDENCY[name], **row} for name, row in report.get("residency", {}).items() if row["count"]]
+    tables = {
+        "memory per device": pools,
+        f"largest at the device's peak ({predicted.get('peak_at', '')})": owners,
+        "what becomes of the forward pass's results": results,
+        "parameters and optimizer state": [state_row(text, row) for text, row in report.get("state", {}).items()],
+    }
+    return [rows_table(title, rows) for title, rows in tables.items() if rows]
+
+
+def _pool_row(pool: str, num_bytes: int, limit: float | None) -> dict[str, Any]:
+    used = "-" if not limit else f"{num_bytes / limit:.1%}"
+    return {"pool": pool, "predicted peak bytes": num_bytes, "limit bytes": limit, "used": used}
+
+
+def state_row(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """"param device, state disk, update device" in columns."""
+    where = dict(part.split(" ", 1) for part in text.split(", "))
+    words = {"parameters": _POOLS[where["param"]], "optimizer state": _POOLS[where["state"]], "updated by": _UPDATERS[where["update"]]}
+    return {**words, "count": row["count"], "bytes": row["bytes"]}
+
+
+def residency_text(residency: Mapping[str, Mapping[str, int]]) -> str:
+    """Bytes per choice in one line: "keep 12 MiB, recompute 3 MiB"."""
+    return ", ".join(f"{name} {bytes_text(row['bytes'])}" for name, row in residency.items() if row["count"])
+
+
+def state_text(state: Mapping[str, Mapping[str, int]]) -> str:
+    """Bytes of parameters and state off the device in one line; "on the device" where there are none."""
+    away = {text: row for text, row in state.items() if text != "param device, state device, update device"}
+    return "; ".join(f"{text}: {bytes_text(row['bytes'])}" for text, row in away.items()) or "on the device"
+
+
 def clusters_table(clusters: Sequence[Cluster]) -> Table:
     """The shipped clusters; rates are nominal, GB/s within a node / between nodes."""
     rows = [

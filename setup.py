@@ -27,7 +27,8 @@ setup(
     ],
     extras_require={
         "models": ["transformers>=5.0"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"],
+        "pictures": ["matplotlib>=3.8"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10", "matplotlib>=3.8"],
     },
     entry_points={"console_scripts": ["opweave = opweave.cli:main"]},
 )

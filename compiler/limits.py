@@ -36,6 +36,19 @@ def memory_limits(given: Any, cluster: Cluster) -> Limits:
     return limits
 
 
+def limits_text(limits: Mapping[str, float]) -> str:
+    """As `memory_limits` reads it: "device=4.07GiB,disk=100GiB"; sizes are rounded up, to a thousandth."""
+    return ",".join(f"{pool}={size_text(num_bytes)}" for pool, num_bytes in limits.items())
+
+
+def size_text(num_bytes: float) -> str:
+    """1.3e9 as "1.211GiB", rounded up: what fits the one fits the other."""
+    for unit in ("Ti", "Gi", "Mi", "Ki"):
+        if num_bytes >= _UNITS[unit]:
+            return f"{math.ceil(num_bytes / _UNITS[unit] * 1000) / 1000:g}{unit}B"
+    return f"{math.ceil(num_bytes)}B"
+
+
 def _given(given: Any) -> Limits:
     if given is None:
         return {}

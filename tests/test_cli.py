@@ -86,6 +86,42 @@ def test_plan_prints_one_json_object(fake):
     assert kwargs["mesh"] == (4, 2) and kwargs["force"] == "ddp" and type(kwargs["optimizer"]).__name__ == "AdamW"
 
 
+def test_plan_passes_on_what_memory_is_to_be(fake):
+    limit = "device=4GiB, host=32GiB, disk=100GB"
+    args = ("plan", "opt-tiny", "-c", "cpu:8", "--memory-limit", limit, "--places", "checkpoint", "--autocast", "bf16")
+    assert run(*args, "--json")[0] == 0
+    kwargs = next(call for call in fake if call[0] == "plan")[2]
+    assert kwargs["memory_limit"] == {"device": 4 * 2**30, "host": 32 * 2**30, "disk": 100e9}
+    assert kwargs["places"] == "checkpoint" and str(kwargs["autocast"]) == "torch.bfloat16"
+    run("plan", "opt-tiny", "-c", "cpu:8", "--memory-limit", "40GiB")
+    assert fake[-1][2]["memory_limit"] == {"device": 40 * 2**30} and fake[-1][2]["places"] == "auto" and fake[-1][2]["autocast"] is None
+    run("plan", "opt-tiny", "-c", "cpu:8")
+    assert fake[-1][2]["memory_limit"] is None
+
+
+def test_where_things_live_is_said_in_words(tmp_path):
+    plan = _plan()
+    plan.limits = {"device": float(4 << 20), "disk": 1e9}
+    plan.predicted["peak_bytes"] = {"device": 3 << 20, "host": 0, "disk": 5 << 20}
+    plan.predicted |= {"peak_at": "mm_3", "peak_owner": [{"name": "wte", "bytes": 9}]}
+    counts = {"keep": 2, "offload_disk": 1, "drop": 0}
+    plan.residency = {name: {"count": count, "bytes": count << 10} for name, count in counts.items()}
+    plan.state = {"param device, state disk, update host": {"count": 7, "bytes": 5 << 20}}
+    plan.save(tmp_path / "plan.json")
+    out = " ".join(run("show", tmp_path / "plan.json")[1].split())
+    for text in ("kept on the device", "copied to disk and back", "updated by", "the CPU", "mm_3", "wte", "75.0%", "5 MiB"):
+        assert text in out, text
+    assert "dropped" not in out, "what there is none of is left out"
+    report = json.loads(run("show", tmp_path / "plan.json", "--json")[1])
+    assert report["residency"] == plan.residency and report["state"] == plan.state and report["limits"] == plan.limits
+
+
+def test_a_plan_made_with_autocast_is_not_checked_without(fake, tmp_path):
+    run("plan", "opt-tiny", "-c", "cpu:8", "--autocast", "bf16", "-o", tmp_path / "plan.json")
+    code, _, err = run("verify", tmp_path / "plan.json")
+    assert code == 2 and "was planned with --autocast bf16" in err
+
+
 def test_plan_show_explain_verify_share_a_file(fake, tmp_path):
     path = tmp_path / "plan.json"
     assert run("plan", "opt-tiny", "-c", "cpu:8", "--batch", "8x16", "-o", path)[0] == 0
@@ -167,6 +203,13 @@ BAD = [
     (["plan", "opt-tiny", "--mesh", "0x4"], "--mesh '0x4' is not a list of sizes"),
     (["plan", "opt-tiny", "--cluster", "cpu", "--optimizer", "lion"], "unknown optimizer 'lion'; known are adamw"),
     (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "much"], "--memory-limit 'much' is not a size"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "40 gallons"], "give bytes per device, a number above 0 (10e9) or a text"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "gpu=4GiB"], "names the pool 'gpu'; the pools are device, host, disk"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--memory-limit", "device=-1"], "--memory-limit 'device=-1' is not a size"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--minimise", "time"], "--minimise 'time' is nothing that can be minimised"),
+    (["plan", "opt-tiny", "--cluster", "cpu", "--autocast", "int8"], "--autocast 'int8' is no dtype to compute in; known are bf16"),
+    (["frontier", "opt-tiny", "--cluster", "cpu", "--memory-limit", "much"], "--memory-limit 'much' is not a size"),
+    (["run", "opt-tiny", "--cluster", "cpu", "--memory-limit", "much"], "--memory-limit 'much' is not a size"),
     (["plan", "nowhere.at.all:build", "--cluster", "cpu"], "cannot import 'nowhere.at.all'"),
     (["plan", "json:nothing", "--cluster", "cpu"], "json has no function 'nothing'"),
     (["plan", "os:getcwd", "--cluster", "cpu"], "it must return (model, batch)"),

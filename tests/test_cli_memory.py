@@ -1,0 +1,127 @@
+"""The commands about memory, with the real planner and runtime on tiny models."""
+
+import json
+import sys
+
+import pytest
+from opweave import cli
+from opweave.cli_memory import materialised
+from opweave.measured_run import exceeded
+from typer.testing import CliRunner
+
+TIGHT = "device=110000,disk=1GB"
+
+
+def run(*args):
+    """(exit status, stdout, stderr) of `opweave ARGS`."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def test_plan_within_limits_says_where_things_live(tmp_path):
+    code, out, _ = run("plan", "mlp-tiny", "-c", "cpu:1", "--memory-limit", TIGHT, "-o", tmp_path / "plan.json", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["limits"] == {"device": 110000.0, "disk": 1e9}
+    assert report["predicted"]["peak_bytes"]["device"] <= 110000 and report["predicted"]["peak_bytes"]["disk"] > 0
+    assert report["predicted"]["peak_owner"][0].keys() == {"name", "bytes"}
+    assert set(report["residency"]) == {"keep", "offload_host", "offload_disk", "recompute", "drop"}
+    assert any("disk" in place and row["bytes"] > 0 for place, row in report["state"].items())
+    assert json.loads(run("show", tmp_path / "plan.json", "--json")[1])["state"] == report["state"]
+    assert "on disk" in run("show", tmp_path / "plan.json")[1]
+
+
+def test_plan_uses_the_host_of_a_gpu():
+    code, out, _ = run("plan", "mlp-tiny", "-c", "dgx-a100-640:1", "--memory-limit", "device=110000,host=1GiB", "--json")
+    report = json.loads(out)
+    assert code == 0 and 0 < report["predicted"]["peak_bytes"]["host"] <= 2**30 and report["predicted"]["peak_bytes"]["device"] <= 110000
+
+
+def test_places_are_forced():
+    args = ("plan", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "disk=1GB", "--json")
+    free, forced = (json.loads(run(*args, *more)[1]) for more in ((), ("--places", "offload-optimizer")))
+    assert free["predicted"]["peak_bytes"]["disk"] == 0 < forced["predicted"]["peak_bytes"]["disk"]
+    code, _, err = run(*args[:-1], "--places", "somewhere")
+    assert code == 2 and "somewhere" in err
+
+
+def test_smallest_memory():
+    args = ("plan", "mlp-tiny", "-c", "cpu:1", "--json")
+    code, out, _ = run(*args, "--minimise", "memory", "--memory-limit", "disk=1GB")
+    limit = json.loads(out)["limits"]["device"]
+    assert code == 0 and json.loads(out)["predicted"]["peak_bytes"]["device"] <= limit
+    assert run(*args, "--memory-limit", f"device={limit},disk=1GB")[0] == 0
+    assert run(*args, "--no-suggestions", "--memory-limit", f"device={limit / 1.02},disk=1GB")[0] == 2
+    code, _, err = run("plan", "mlp-tiny", "-c", "cpu:1", "--minimise", "memory", "--memory-limit", "1KiB")
+    assert code == 0 and "is more than the 1 KiB there are" in err
+
+
+def test_what_does_not_fit_is_told_what_would():
+    args = ("plan", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "60000")
+    code, out, err = run(*args)
+    assert code == 2 and out == "" and err.startswith("error: Mlp does not fit on 'cpu:1'")
+    for text in ("the leanest plan that was found takes", "what was tried", "a larger device", "--autocast bf16"):
+        assert text in err, text
+    report = json.loads(run(*args, "--json")[1])
+    found = report["does_not_fit"]
+    assert report["error"].startswith("Mlp does not fit") and found["limits"] == {"device": 60000.0}
+    assert found["peak_owner"] and found["peak_at"] and any(s["fits"] and s["step_time_s"] > 0 for s in found["suggestions"])
+    code, out, err = run(*args, "--no-suggestions", "--json")
+    assert code == 2 and set(json.loads(out)) == {"error"} and "what was tried" not in err
+
+
+def test_frontier_falls_and_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "frontier.png"
+    args = ("frontier", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "disk=1GB", "--points", "3")
+    code, out, _ = run(*args, "-o", picture, "--json")
+    rows = json.loads(out)["points"]
+    times = [row["step_time_s"] for row in rows]
+    assert code == 0 and len(rows) == 3 and times == sorted(times, reverse=True)
+    assert all(row["peak_bytes"]["device"] <= row["limit_bytes"] and row["state"] and row["residency"] for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run(*args)
+    assert code == 0 and "mlp-tiny on cpu:1" in out and "param" in out
+
+
+def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("frontier", "mlp-tiny", "-c", "cpu:1", "-o", tmp_path / "f.png")
+    assert code == 2 and "pip install 'opweave[pictures]'" in err
+
+
+def test_run_measures_what_was_predicted(tmp_path):
+    args = ("run", "mlp-tiny", "-c", "cpu:1", "--steps", "4")
+    code, out, _ = run(*args, "--memory-limit", TIGHT, "--disk-path", tmp_path, "--json")
+    report = json.loads(out)
+    measured = report["measured"]
+    assert code == 0 and len(report["losses"]) == 4 and report["losses"][-1] < report["losses"][0]
+    assert measured["peak_bytes"]["device"] <= 110000 and measured["peak_bytes"] == report["predicted"]["peak_bytes"]
+    assert measured["step_time_s"] > 0 and measured["offloaded_bytes"] > 0 and measured["fetched_bytes"] > 0
+    free = json.loads(run(*args, "--json")[1])
+    assert free["losses"] == report["losses"], "limits do not change results"
+    assert free["measured"]["offloaded_bytes"] == 0 and free["measured"]["peak_bytes"]["device"] > 110000
+    assert "offloaded a step" in run(*args)[1]
+
+
+def test_run_says_what_does_not_hold(monkeypatch):
+    from opweave import measured_run
+
+    code, _, err = run("run", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "60000", "--steps", "1")
+    assert code == 2 and "does not fit" in err
+    monkeypatch.setattr(measured_run, "exceeded", lambda *_: ["the device held 2 bytes at once, its limit is 1"])
+    code, out, err = run("run", "mlp-tiny", "-c", "cpu:1", "--steps", "1", "--json")
+    assert code == 1 and "the device held 2 bytes" in err and json.loads(out)["measured"]["step_time_s"] is None
+    assert exceeded({"device": 5, "disk": 1}, {"device": 4.0}) == [
+        "the device held 5 bytes at once, its limit is 4", "the disk held 1 bytes at once, its limit is 0",
+    ]  # fmt: skip
+    assert exceeded({"device": 4, "host": 0}, {"device": 4.0}) == []
+
+
+def test_models_of_the_zoo_get_weights():
+    model, batch = materialised("mobilenet-tiny", None)
+    assert next(model.parameters()).device.type == "cpu"
+    model, batch = materialised("convnet", (2, 16))
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert all(t.device.type == "cpu" and t.shape[0] == 2 for t in batch.values())
