@@ -11,8 +11,8 @@ tight       a model whose state and activations need 4 times the device limit, t
             same step without limit
 efficiency  predicted step time of models larger than the GPU against the same GPU with unlimited memory, beside the bound of arithmetic
 
-Each part is a file bench/results/memory-PART.json with rows, a summary, machine, versions and commit. The parts frontier and efficiency
-go on where they were stopped; `--again` plans them anew. Exit status 1 where a part does not hold what it is to show.
+Each part is a file bench/results/memory-PART.json with rows, a summary, machine, versions and commit. A part that was stopped goes on where
+it was, with the rows it has; `--again` makes them anew. Exit status 1 where a part does not hold what it is to show.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run_part(name: str, args: argparse.Namespace) -> Row:
         rows = make(lambda found: part.save(found, summarise(found)))
         return part.save(rows, summarise(rows))
     make_rows, summarise = memory_runs.PARTS[name]
-    rows = make_rows(args.disk_path)
+    rows = make_rows(args.disk_path, kept, lambda found: part.save(found, summarise(found)))
     return part.save(rows, summarise(rows))
 
 

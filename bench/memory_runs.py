@@ -39,6 +39,7 @@ MOST_OFF, MOST_BELOW = 0.05, 0.02
 _DISK_BYTES = 10**11
 _PLAN_S = 10.0
 Row = dict[str, Any]
+Save = Callable[[list[Row]], Any]
 
 
 # -- the machine ----------------------------------------------------------------------------------------------------------
@@ -88,14 +89,30 @@ def whole_bytes(load: Callable[[], tuple[Any, Any]], cluster: Cluster) -> int:
 # -- peaks ----------------------------------------------------------------------------------------------------------------
 
 
-def peaks(folder: str | None) -> list[Row]:
-    """Predicted and measured peak bytes per pool: models x limits."""
+def peaks(folder: str | None, kept: list[Row], save: Save) -> list[Row]:
+    """Predicted and measured peak bytes per pool: models x limits; those in `kept` are not run again."""
+
+    def row(name: str, cluster: Cluster, limit_bytes: int) -> Row:
+        return peak_row(name, PEAK_MODELS[name], cluster, limit_bytes, folder)
+
+    return _at_limits(tuple(PEAK_MODELS), PEAK_SHARES, lambda name: zoo.load(name, PEAK_MODELS[name]), row, folder, kept, save)
+
+
+def _at_limits(
+    names: Sequence[str], shares: Sequence[float], load: Callable[[str], Any], row: Callable[[str, Cluster, int], Row],
+    folder: str | None, kept: list[Row], save: Save,
+) -> list[Row]:  # fmt: skip
+    """A row of each model at each share of what keeping everything needs; each is saved when found."""
     cluster = this_machine(folder)
-    rows = []
-    for name, size in PEAK_MODELS.items():
-        whole = whole_bytes(lambda name=name, size=size: zoo.load(name, size), cluster)
-        rows += [peak_row(name, size, cluster, int(share * whole), folder) | {"share": share} for share in PEAK_SHARES]
-    return rows
+    rows = {(r["model"], r["share"]): r for r in kept}
+    for name in names:
+        if all((name, share) in rows for share in shares):
+            continue
+        whole = whole_bytes(lambda name=name: load(name), cluster)
+        for share in shares:
+            rows[name, share] = row(name, cluster, int(share * whole)) | {"share": share}
+            save(list(rows.values()))
+    return list(rows.values())
 
 
 def peak_row(name: str, size: tuple[int, int], cluster: Cluster, limit_bytes: int, folder: str | None) -> Row:
@@ -152,14 +169,13 @@ def peaks_table(rows: Sequence[Row]) -> str:
 # -- times ----------------------------------------------------------------------------------------------------------------
 
 
-def times(folder: str | None) -> list[Row]:
-    """Measured step times: models x limits, ours and the recipes taking turns."""
-    cluster = this_machine(folder)
-    rows = []
-    for name in TIME_MODELS:
-        whole = whole_bytes(lambda name=name: prediction_models.load(name), cluster)
-        rows += [time_row(name, cluster, int(share * whole), folder) | {"share": share} for share in TIME_SHARES]
-    return rows
+def times(folder: str | None, kept: list[Row], save: Save) -> list[Row]:
+    """Measured step times: models x limits, ours and the recipes taking turns; those in `kept` are not run again."""
+
+    def row(name: str, cluster: Cluster, limit_bytes: int) -> Row:
+        return time_row(name, cluster, limit_bytes, folder)
+
+    return _at_limits(TIME_MODELS, TIME_SHARES, prediction_models.load, row, folder, kept, save)
 
 
 def time_row(name: str, cluster: Cluster, limit_bytes: int, folder: str | None) -> Row:
@@ -222,9 +238,14 @@ def times_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS: dict[str, tuple[Callable[[str | None], list[Row]], Callable[[Sequence[Row]], Row]]] = {
+def tight(folder: str | None, kept: list[Row], save: Save) -> list[Row]:
+    """The one row of `memory_tight`, anew each time."""
+    return memory_tight.rows(this_machine(folder), folder or tempfile.gettempdir())
+
+
+PARTS: dict[str, tuple[Callable[[str | None, list[Row], Save], list[Row]], Callable[[Sequence[Row]], Row]]] = {
     "peaks": (peaks, peaks_summary),
     "times": (times, times_summary),
-    "tight": (lambda folder: memory_tight.rows(this_machine(folder), folder or tempfile.gettempdir()), memory_tight.summary),
+    "tight": (tight, memory_tight.summary),
 }
 TABLES = {"peaks": peaks_table, "times": times_table, "tight": memory_tight.table}

@@ -29,7 +29,7 @@ from opweave.cost_model.cluster import Cluster
 SHARE = 0.25
 SLACK_BYTES = 100 * 2**20
 GOAL = 1.25
-WIDTH, DEPTH, NUM_CLASSES, BATCH_SIZE = 2048, 6, 256, 1024
+WIDTH, DEPTH, NUM_CLASSES, BATCH_SIZE = 1024, 24, 256, 1024
 STEPS = 5
 Row = dict[str, Any]
 
