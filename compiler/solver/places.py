@@ -23,7 +23,7 @@ import numpy as np
 from ..problem import SelectionProblem
 from .model import Model, from_problem
 from .places_bound import Relaxation, Relaxed, argmax_per_node
-from .presolve import Reduced, presolve
+from .presolve import presolve
 from .substitute import drop_slots
 
 if TYPE_CHECKING:
@@ -42,13 +42,14 @@ REASON_S = 5.0
 
 
 class Places:
-    """One solve. ``x`` is in terms of the problem, ``root`` of the reduced model."""
+    """One solve. ``x`` is in terms of the problem, ``local`` of the reduced model."""
 
     def __init__(self, model: Model, deadline: float, gap: float, seed: int) -> None:
         self.deadline, self.gap, self.seed = deadline, gap, seed
         self.reduced = presolve(drop_slots(model))
         self.model = self.reduced.model
         self.x: np.ndarray | None = None
+        self.local = np.zeros(0, dtype=np.int64)
         self.objective, self.bound = math.inf, -math.inf
         self.infeasible = bool(self.reduced.infeasible) or bool((self.model.slot_limit < 0).any())
 
@@ -90,6 +91,7 @@ class Places:
         delta = max(self.gap, 1e-6) * abs(root.bound)
         split = np.maximum.reduceat(root.x, m.node_off[:-1]) < 1.0 - SPLIT
         second = _second_least(root.reduced, m)
+        tried = np.zeros(len(m.cost), dtype=bool)
         for num_open in OPEN_NODES:
             if self.done():
                 return
@@ -99,7 +101,9 @@ class Places:
             keep = (root.x > SPLIT) | (opened[owner] & (root.reduced <= delta))
             if self.x is not None:
                 keep[m.node_off[:-1] + self.local] = True
-            self._restricted(keep, BRANCHES)
+            if (keep & ~tried).any():
+                tried = keep
+                self._restricted(keep, BRANCHES)
 
     def _restricted(self, keep: np.ndarray, branches: int) -> float:
         """Offer the best selection with strategies of ``keep`` only; a bound on all of those."""
@@ -162,7 +166,7 @@ def solve_places(problem: SelectionProblem, *, time_limit_s: float = 10.0, gap: 
         return None
     score = problem.evaluate(run.x)
     assert score.feasible, f"the selection does not hold: {score.reason}"
-    bound = min(run.bound, score.objective)
+    bound = float(min(run.bound, score.objective))
     relative = (score.objective - bound) / max(abs(score.objective), 1e-300) if score.objective > bound else 0.0
     return Solution(
         selection=run.x,
@@ -177,7 +181,7 @@ def solve_places(problem: SelectionProblem, *, time_limit_s: float = 10.0, gap: 
 
 def why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
     """The pool that is too small while the others keep their limits, with the bytes the leanest selection needs; or what else is known."""
-    part: Reduced = presolve(replace(model, **_without_slots(model)))
+    part = presolve(_without_slots(model))
     if model.num_slots == 0 or part.infeasible:
         return "no selection avoids all forbidden entries"
     small = drop_slots(model)
@@ -205,9 +209,16 @@ def _least_bytes(model: Model, pool: int, deadline: float, seed: int) -> tuple[f
     return limit + excess * relaxation.stretch(), slot
 
 
-def _without_slots(model: Model) -> dict[str, np.ndarray]:
+def _without_slots(model: Model) -> Model:
     nothing = np.zeros(0, dtype=np.int64)
-    return {
-        "row_node": nothing, "row_start": nothing, "row_end": nothing, "row_off": np.zeros(1, dtype=np.int64), "row_bytes": np.zeros(0),
-        "slot_limit": np.zeros(0), "slot_pool": nothing, "slot_time": nothing,
-    }  # fmt: skip
+    return replace(
+        model,
+        row_node=nothing,
+        row_start=nothing,
+        row_end=nothing,
+        row_off=np.zeros(1, dtype=np.int64),
+        row_bytes=np.zeros(0),
+        slot_limit=np.zeros(0),
+        slot_pool=nothing,
+        slot_time=nothing,
+    )

@@ -55,12 +55,14 @@ def equal_lines(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     rest = np.where(allowed[None], matrix - shift[:, :, None], 0.0)
     scale = EQUAL * float(np.abs(np.where(allowed[None], matrix, 0.0)).max(initial=0.0))
     keys = np.round(rest / scale) + 0.0 if scale > 0 else rest
-    group, first, seen = np.full(num, -1), [], {}
+    group = np.full(num, -1)
+    first: list[int] = []
+    seen: dict[bytes, int] = {}
     for i in np.flatnonzero(allowed.any(axis=1)):
         key = allowed[i].tobytes() + keys[:, i].tobytes()
         if key not in seen:
             seen[key] = len(first)
-            first.append(i)
+            first.append(int(i))
         group[i] = seen[key]
     shift[0, group < 0] = np.inf
     return group, shift, np.array(first, dtype=np.int64)
@@ -150,7 +152,8 @@ def local_polytope(model: Model) -> Polytope:
     """The rows of all nodes (one strategy each) and edges."""
     num = len(model.cost)
     node = np.vstack([model.cost[None], model.node_stream])
-    rows, pairs = Rows(), []
+    rows = Rows()
+    pairs: list[np.ndarray] = []
     one = np.ones(model.num_nodes)
     rows.add(np.repeat(np.arange(model.num_nodes), model.sizes()), np.arange(num), np.ones(num), one, one)
     for template, edges in _by_matrix(model):
