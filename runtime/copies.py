@@ -66,7 +66,7 @@ def ask_for_large_pages(tensor: torch.Tensor) -> None:
     2.5 GB/s, with pages of 2 MiB at 15. It is only advice: where the system does not take it nothing changes.
     """
     num_bytes = tensor.numel() * tensor.element_size()
-    if num_bytes < 2 * LARGE_PAGE_BYTES:
+    if num_bytes < 4 * LARGE_PAGE_BYTES:
         return
     start = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
     end = (tensor.data_ptr() + num_bytes) // PAGE_BYTES * PAGE_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import os
 import tempfile
+import warnings
 import weakref
 import zlib
 from collections import deque
@@ -102,6 +103,11 @@ class DiskFile:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - lives as long as this object
         except OSError as error:
             raise TierError(f"the disk tier cannot use the folder {self.folder}: {error}. {_OTHER_FOLDER}") from error
+        if _is_in_memory(self.folder):
+            warnings.warn(
+                f"the disk tier is in {self.folder}, a file system in memory: what is moved there takes host memory. {_OTHER_FOLDER}",
+                stacklevel=2,
+            )
         self.fd = self._file.fileno()
         self.extents = Extents()
         self.given_back: deque[tuple[int, int]] = deque()
@@ -197,6 +203,17 @@ def checksum(chunk: memoryview, before: int) -> int:
     whole = len(chunk) // ALIGN_BYTES * ALIGN_BYTES
     pages = np.frombuffer(chunk[:whole], dtype=np.uint64).reshape(-1, ALIGN_BYTES // 8)
     return zlib.crc32(chunk[whole:], zlib.crc32(np.add.reduce(pages, axis=1), before))
+
+
+def _is_in_memory(folder: Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether a folder is on a tmpfs. False where the system does not tell."""
+    try:
+        rows = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return False
+    kinds = {Path(row[1]): row[2] for row in rows}
+    where = folder.resolve()
+    return next((kinds[parent] for parent in (where, *where.parents) if parent in kinds), "") in ("tmpfs", "ramfs")
 
 
 def _aligned(num_bytes: int) -> int:

@@ -34,7 +34,11 @@ from .workers import Workers
 if TYPE_CHECKING:
     from .update import Updater
 
-__all__ = ["TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating"]
+__all__ = [
+    "TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating",
+    "arrive", "fetch", "host_update", "offload", "settle", "updated", "write_back",
+]  # fmt: skip
+
 
 # ---------------------------------------------------------------------------------------------------------------- names in graphs
 
@@ -99,6 +103,10 @@ class TierOptions:
 
     disk_path: str | os.PathLike[str] | None = None
     num_io_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_io_threads < 0:
+            raise ValueError(f"num_io_threads is {self.num_io_threads}; it must be 0 (no threads) or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

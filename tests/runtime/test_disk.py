@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opweave.runtime import copies
+from opweave.runtime import copies, disk
 from opweave.runtime.copies import chunks_of, memory_of
 from opweave.runtime.disk import ALIGN_BYTES, DiskFile, Extents, TierError, checksum
 
@@ -108,6 +108,17 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         DiskFile(tmp_path / "file" / "x")
     with pytest.raises(TierError, match=r"cannot use the folder /proc/none"):
         DiskFile("/proc/none")
+
+
+def test_a_folder_in_memory_is_told(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\ntmpfs {tmp_path}/ram tmpfs rw 0 0\n/dev/vdb {tmp_path}/ram/disk ext4 rw 0 0\n")
+    in_memory = disk._is_in_memory
+    assert in_memory(tmp_path / "ram" / "x", mounts) and not in_memory(tmp_path, mounts)
+    assert not in_memory(tmp_path / "ram" / "disk", mounts) and not in_memory(tmp_path / "ram", tmp_path / "none")
+    monkeypatch.setattr(disk, "_is_in_memory", lambda folder: True)
+    with pytest.warns(UserWarning, match=r", a file system in memory: .* takes host memory. .*TierOptions\(disk_path=...\)"):
+        DiskFile(tmp_path)
 
 
 def test_a_missing_folder_is_made(tmp_path):

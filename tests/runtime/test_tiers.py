@@ -203,6 +203,8 @@ def test_wrong_tiers_and_shapes():
     on_disk = store.park(torch.ones(2), "disk")
     with pytest.raises(ValueError, match=r"cannot be updated on the CPU where it is; .* must be on the host"):
         store.host_update(None, [on_disk], [parked], [[]], "SGD", 0, ["w"])
+    with pytest.raises(ValueError, match="num_io_threads is -1; it must be 0"):
+        TierOptions(num_io_threads=-1)
     with pytest.raises(RuntimeError, match="outside an executor"):
         tiers.offload(torch.ones(2), "host")
 
