@@ -40,6 +40,7 @@ class UpdateQueue:
         self._full: list[tuple[_Key, list[fx.Node]]] = []
         self._new: NewValues = {}
         self._returning: list[tuple[fx.Node, Callable[[], fx.Node]]] = []
+        self._on_cpu: list[tuple[list[fx.Node], fx.Node, StatePlace]] = []  # updates under way, waited for at the end
         self._left = [node for node in lowering.step.ops if op_name(node) == UPDATE]
         self._due = due_after(lowering.uses, lowering.plan.residency) if lowering.plan.early_updates else {}
 
@@ -63,6 +64,8 @@ class UpdateQueue:
         for key, ops in (*self._full, *self._open.items()):
             for call in self._calls(key, ops):
                 self._emit(key, call)
+        for ops, started, place in self._on_cpu:
+            self._results(ops, self._low.e.op(tiers.updated, started), place)
         for param, returned in self._returning:
             self._new["param", self._low.info(param).fqn, ""] = (returned(), self._low.stored_spec(param))
         return self._new
@@ -92,7 +95,13 @@ class UpdateQueue:
     def _emit(self, key: _Key, ops: list[fx.Node]) -> None:
         kind, group, place = key
         fqns = [self._low.info(tensor_args(op)[0]).fqn for op in ops]
-        result = self._on_host(kind, group, ops, fqns) if place.update == HOST else self._on_device(kind, group, ops, fqns)
+        if place.update == HOST:
+            self._on_cpu.append((ops, self._on_host(kind, group, ops, fqns), place))
+        else:
+            self._results(ops, self._on_device(kind, group, ops, fqns), place)
+
+    def _results(self, ops: list[fx.Node], result: fx.Node, place: StatePlace) -> None:
+        """Take apart what an update yields: parameters, then states."""
         e, at = self._low.e, len(ops)
         for i, op in enumerate(ops):
             param, _, *states = tensor_args(op)
@@ -123,8 +132,7 @@ class UpdateQueue:
             local = self._low.get(grad, "update", self._plan.ops[op].operands[1])
             grads.append(self._low.e.op(tiers.offload, local, HOST))
             states.append([self._low.parked_input(slot) for slot in slots])
-        started = self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
-        return self._low.e.op(tiers.updated, started)
+        return self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
 
     # -- new values -------------------------------------------------------------------------------------------------------
 

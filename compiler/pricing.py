@@ -26,7 +26,7 @@ from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
 from .place_recipes import AUTO
-from .price_places import PlaceNode, PlacePricer, streams_of
+from .price_places import CPU, PlaceNode, PlacePricer, streams_of
 from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, steps
 from .residency import DEVICE, DISK, HOST
@@ -161,9 +161,9 @@ class Pricer:
         places = self._places.add() if self._places is not None else []
         return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=self.op_seconds, places=places)
 
-    def hidden_behind(self, seconds: np.ndarray) -> dict[str, np.ndarray] | None:
-        """What computation of so many seconds takes off each stream."""
-        return {name: -share * seconds for name, share in self._hides.items()} or None
+    def hidden_behind(self, seconds: np.ndarray, phase: str = "bwd") -> dict[str, np.ndarray] | None:
+        """What computation of so many seconds takes off each stream. The CPU has gradients to work on in the backward pass only."""
+        return {name: -share * seconds for name, share in self._hides.items() if phase == "bwd" or name != CPU} or None
 
     # -- time -----------------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Pricer:
             self.op_seconds[choice.index] = costs
             costs = costs * count
             if choice.phase != "update":
-                streams = self.hidden_behind(costs)
+                streams = self.hidden_behind(costs, choice.phase)
         for node in choice.members:
             if node in outputs or any(v in outputs for v in (result_values(node) if choice.kind == "op" else [])):
                 costs = costs + self._output_costs(choice, node, outputs)

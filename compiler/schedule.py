@@ -84,6 +84,7 @@ class _Scheduler:
     # -- starts move up ---------------------------------------------------------------------------------------------------
 
     def _starts(self, gathers: bool) -> None:
+        waits, self.moves = self.moves, []
         next_start: dict[str, float] = {}
         for node in reversed(self.nodes):
             if not self._is_start(node, gathers):
@@ -95,6 +96,8 @@ class _Scheduler:
             earliest = max((self.place.get(used, -1) for used in node.all_input_nodes), default=-1) + 1
             target = max(bisect_right(self.clock, begin) - 1, earliest)
             self._move_up(node, target, sum(buffer.num_bytes for buffer in item.allocs))
+        # What is needed first starts first, also where several move to one place.
+        self.moves = waits + self.moves[::-1]
 
     def _is_start(self, node: fx.Node, gathers: bool) -> bool:
         if node.target is tiers.fetch:

@@ -206,6 +206,7 @@ class _Writer:
         self.instructions: list[Instruction] = []
         self.links: dict[tuple[int, ...], Any] = {}
         self.held: dict[str, int] = {}
+        self.last_compute: int | None = None
 
     def write(self) -> Timeline:
         resident = []
@@ -245,6 +246,9 @@ class _Writer:
             previous = self.instructions[-1]
             self.instructions[-1] = previous._replace(frees=previous.frees + freed)
             return
+        if node.target in timeline_tiers.STARTS and self.last_compute is not None:
+            # A copy starts where the program says, not as soon as its stream is free: its memory is counted from there.
+            waits = tuple(sorted({*waits, self.last_compute}))
         stream, seconds, op_class = self._price(node)
         info = node.meta.get("op")
         owner = getattr(info, "path", "") or node.name
@@ -252,6 +256,8 @@ class _Writer:
         if node.target in timeline_tiers.STARTS:
             self.held[node.name] = timeline_tiers.copied_bytes(node.target, self._arguments(node))
         self.made_at[node] = len(self.instructions)
+        if stream == COMPUTE:
+            self.last_compute = len(self.instructions)
         self.instructions.append(
             Instruction(node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class)
         )
