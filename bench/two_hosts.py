@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,8 @@ def run_on(hosts: Sequence[str], arguments: Sequence[str], timeout_s: float) -> 
             command = [
                 "ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)),
                 "--nproc-per-node", str(RANKS_PER_HOST), "--node-rank", str(number), "--rdzv-backend", "c10d", "--rdzv-id", "two-hosts",
-                "--rdzv-endpoint", f"{_SUBNET}.1:{_PORT}", "--local-addr", f"{_SUBNET}.{number + 1}", "-m", "bench.two_hosts", *arguments,
+                "--rdzv-endpoint", f"{_SUBNET}.1:{_PORT}", "--rdzv-conf", f"is_host={int(number == 0)}",
+                "--local-addr", f"{_SUBNET}.{number + 1}", "-m", "bench.two_hosts", *arguments,
             ]  # fmt: skip
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "veth0"}
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -115,13 +117,18 @@ def run_on(hosts: Sequence[str], arguments: Sequence[str], timeout_s: float) -> 
 
 
 def _finish(started: Sequence[subprocess.Popen[bytes]], logs: Sequence[Any], timeout_s: float) -> None:
+    """Wait for all; where one fails or time is up, end the others too."""
+    deadline = time.monotonic() + timeout_s
     try:
-        codes = [process.wait(timeout_s) for process in started]
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
     finally:
         for process in started:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
+        codes = [process.wait() for process in started]
     if any(codes):
         texts = []
         for log in logs:
@@ -139,14 +146,14 @@ def uniform(cluster: Cluster) -> Cluster:
 
 
 def model_and_batch(name: str, small: bool) -> tuple[torch.nn.Module, Any]:
-    """Of `prediction_models`; small: a narrow MLP."""
+    """Of `prediction_models`; small: an MLP of 768 features."""
     if not small:
         return prediction_models.load(name)
     torch.manual_seed(0)
     from opweave.zoo_modules import Mlp
 
-    model = Mlp(width=256, depth=3, num_classes=64)
-    return model, model.make_batch(64, 256)
+    model = Mlp(width=768, depth=3, num_classes=64)
+    return model, model.make_batch(256, 768)
 
 
 def work(folder: Path, model: str, small: bool) -> None:
@@ -199,7 +206,7 @@ def measure(rate: str, model: str, small: bool, timeout_s: float = 900.0) -> dic
         found: dict[str, Any] = json.loads((Path(folder) / "report.json").read_text())
     # Both ranks of a host share the link, so each has half of it.
     found["link_found"] = 0.3 * link < RANKS_PER_HOST * found["inter_node_bytes_per_s"] < 1.3 * link
-    return {"rate": rate, "rate_bytes_per_s": link, "model": "mlp-256" if small else model, **found}
+    return {"rate": rate, "rate_bytes_per_s": link, "model": "mlp-768" if small else model, **found}
 
 
 def main() -> int:
