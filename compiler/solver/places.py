@@ -187,7 +187,7 @@ def why_infeasible(problem: SelectionProblem, model: Model, deadline: float, see
     small = drop_slots(model)
     for pool in dict.fromkeys(small.slot_pool.tolist()):
         needs, slot = _least_bytes(small, pool, deadline, seed)
-        if needs > problem.limits[pool]:
+        if problem.limits[pool] < needs < math.inf:
             at = f"at time {small.slot_time[slot]}, its limit is {problem.limits[pool]:.0f}"
             return f"pool {problem.pools[pool]!r} needs at least {math.floor(needs):.0f} bytes {at}"
     return "no selection avoids all forbidden entries and fits memory at every time; no pool alone is too small"

@@ -200,7 +200,8 @@ class Relaxation:
         pairs = d[self.num_x : self.z]
         bound = float(price @ upper + least.sum() + np.minimum(pairs[self.allowed[self.num_x : self.z]], 0.0).sum())
         bound = bound * self.unit + (m.constant if self.elastic is None else 0.0)
-        return bound - ROUNDING * abs(bound), (own - np.repeat(least, m.sizes())) * self.unit
+        floor = np.repeat(np.where(np.isfinite(least), least, 0.0), m.sizes())
+        return bound - ROUNDING * abs(bound), (own - floor) * self.unit
 
     # -- the solvers ------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ def equal_lines(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     num = matrix.shape[1]
     allowed = np.isfinite(matrix[0])
+    if matrix.shape[2] == 0:
+        return np.full(num, -1), np.vstack([np.full((1, num), np.inf), np.zeros((len(matrix) - 1, num))]), np.zeros(0, dtype=np.int64)
     shift = matrix[:, np.arange(num), allowed.argmax(axis=1)].copy()
     shift[:, ~allowed.any(axis=1)] = 0.0
     rest = np.where(allowed[None], matrix - shift[:, :, None], 0.0)
