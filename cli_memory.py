@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -56,9 +57,10 @@ def _trials(request: Any, doing: Callable[[str], None]) -> Any:
     from .compiler.frontier import Trials
 
     doing("capturing the step")
-    return Trials(
-        analysis=request.analysis(), cluster=request.cluster, limits=request.limits, options=request.options, progress=doing
-    )  # fmt: skip
+    begin = time.perf_counter()
+    analysis = request.analysis()
+    options = {**request.options, "capture_s": time.perf_counter() - begin}
+    return Trials(analysis=analysis, cluster=request.cluster, limits=request.limits, options=options, progress=doing)
 
 
 # --- opweave plan ----------------------------------------------------------------------------------------------------------------------
@@ -221,17 +223,19 @@ def run(
     places: PlacesOption = "auto",
     disk_path: Annotated[Path | None, typer.Option(help="Folder for what the plan puts on disk; else the system's temporary one.")] = None,
     seed: Annotated[int, typer.Option(help="Of dropout.")] = 0,
+    lean: Annotated[bool, typer.Option("--lean", help="On a CPU: give freed memory back to the system at once. Slower.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a model here and train some steps (under torchrun, on all its ranks): times, bytes and losses, measured and predicted."""
     from . import calibration
     from .cost_model.cluster import Cluster
-    from .host_memory import keep_freed_memory
+    from .runtime.resident import return_freed_memory
 
     leads = calibration.join_job() == 0
     where = Cluster.resolve(cluster)
     limits = None if memory_limit is None else limits_of(memory_limit, where)
-    keep_freed_memory()
+    if lean:
+        return_freed_memory()
     from .compiler import api
     from .measured_run import run_steps
     from .runtime.memory import MemoryLimitError

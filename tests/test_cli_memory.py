@@ -105,6 +105,21 @@ def test_run_measures_what_was_predicted(tmp_path):
     assert "offloaded a step" in run(*args)[1]
 
 
+def test_a_lean_run_gives_memory_back_before_the_step_is_set_up(monkeypatch):
+    from opweave.compiler import api
+    from opweave.runtime import resident
+
+    order = []
+    compile_step = api.compile
+    monkeypatch.setattr(resident, "return_freed_memory", lambda: order.append("return"))
+    monkeypatch.setattr(api, "compile", lambda *args, **kwargs: (order.append("compile"), compile_step(*args, **kwargs))[1])
+    code, out, _ = run("run", "mlp-tiny", "-c", "cpu:1", "--steps", "2", "--lean", "--json")
+    assert code == 0 and order == ["return", "compile"]
+    assert json.loads(out)["measured"]["rss_peak_bytes"] >= 0, "what grew cannot be less than nothing"
+    run("run", "mlp-tiny", "-c", "cpu:1", "--steps", "2", "--json")
+    assert order == ["return", "compile", "compile"], "only where it was asked for"
+
+
 def test_run_says_what_does_not_hold(monkeypatch):
     from opweave import measured_run
 
