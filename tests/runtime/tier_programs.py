@@ -6,10 +6,10 @@ import torch
 from opweave.runtime import collectives as co
 from opweave.runtime import tiers, update
 from opweave.runtime.program import LocalProgram, Port
-from opweave.runtime.sharding import replicated
+from opweave.runtime.sharding import ShardSpec, replicated
 from torch import fx
 
-from .programs import aten, sharded
+aten = torch.ops.aten
 
 
 def chain_program(tier, mesh=(1,), depth=4, batch=8, width=16, kind="AdamW", state_tier="device", update_on="device") -> LocalProgram:
@@ -54,7 +54,8 @@ def chain_program(tier, mesh=(1,), depth=4, batch=8, width=16, kind="AdamW", sta
     whole = replicated((width, width), mesh)
     common = {"fqn": "w", "group": 0, "spec": whole, "tier": state_tier}
     ports = [Port(name="w", kind="param", **common), *(Port(name=slot, kind="state", slot=slot, **common) for slot in slots)]
-    data = Port(name="x", kind="batch", fqn="x", spec=sharded((batch, width), mesh, [(0, 0)]))
+    rows = ShardSpec(shape=(batch, width), factors=((batch,), (width,)), axes=((0, 0),), mesh=mesh)
+    data = Port(name="x", kind="batch", fqn="x", spec=rows)
     loss_port = Port(name="loss", kind="loss", fqn="", spec=replicated((), mesh))
     return LocalProgram(mesh=mesh, graph=graph, inputs=(data, *ports), outputs=(loss_port, *ports), optimizer=kind)
 

@@ -17,6 +17,7 @@ from opweave.runtime.state import ProgramState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import Linear, batches, linear_program, optimizer_of
+from tier_programs import Chain, chain_program
 
 
 def train() -> None:
@@ -37,8 +38,29 @@ def train() -> None:
             for key, value in executor.state.tensors.items():
                 assert torch.equal(value, states[groups.rank].tensors[key]), f"{key} differs"
         assert memory == executor.state.tensors["param", "w", ""].data_ptr(), "the new weight is in new memory"
+    train_in_tiers(groups)
     dist.barrier()
     print("execute ok", flush=True)
+
+
+def train_in_tiers(groups: AxisGroups) -> None:
+    """Activations and state in other tiers, each rank with a store of its own; copies by threads beside the collectives."""
+    for tier, state_tier, update_on in (("disk", "disk", "device"), ("disk", "host", "host")):
+        program = chain_program(tier, mesh=(2,), state_tier=state_tier, update_on=update_on)
+        model = Chain()
+        optimizer = optimizer_of("AdamW", model.parameters())
+        executor = Executor(program, groups, optimizer=optimizer)
+        executor.state = ProgramState.from_model(program, model, groups.coords, store=executor.store)
+        lockstep = LockstepExecutor(program, optimizer)
+        lockstep.states = [ProgramState.from_model(program, model, (rank,), store=store) for rank, store in enumerate(lockstep.stores)]
+        for x in batches(width=16):
+            (loss,) = executor.run(shard_inputs(program, {"x": x}, groups.coords))
+            (expected,) = lockstep.run({"x": x})
+            assert torch.equal(loss, expected), f"{loss} {expected}"
+            for key in executor.state.tensors:
+                assert torch.equal(executor.state.value(key), lockstep.states[groups.rank].value(key)), f"{key} differs"
+        assert executor.traffic.offloaded_bytes > 0 and executor.traffic.fetched_bytes > 0
+        executor.close()
 
 
 def disagree() -> None:

@@ -10,9 +10,9 @@ from opweave.runtime.resident import measure_resident_peak, resident_bytes, retu
 from opweave.runtime.state import ProgramState
 from opweave.runtime.tiers import TierOptions, TierStore
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from runtime.programs import batches, optimizer_of
-from runtime.tier_programs import Chain, chain_program
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from programs import batches, optimizer_of
+from tier_programs import Chain, chain_program
 
 MB = 1 << 20
 
