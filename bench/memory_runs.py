@@ -18,6 +18,7 @@ from opweave import zoo
 from opweave.compiler.planner import DoesNotFitError
 from opweave.compiler.training_step import TrainingStep
 from opweave.cost_model.cluster import Cluster, Disk, Link
+from opweave.runtime.resident import measure_resident_peak, return_freed_memory
 from opweave.runtime.tiers import TierOptions, TierStore, settle
 
 from . import memory_tight, prediction_models
@@ -36,6 +37,7 @@ NOISE = 1.05
 """A ratio of medians up to this counts as equal: what else the machine does makes a few percent."""
 
 MOST_OFF, MOST_BELOW = 0.05, 0.02
+_LARGE_BYTES = 1 << 24  # less, and what the process does beside the step is most of what the system sees
 _DISK_BYTES = 10**11
 _PLAN_S = 10.0
 Row = dict[str, Any]
@@ -92,6 +94,8 @@ def whole_bytes(load: Callable[[], tuple[Any, Any]], cluster: Cluster) -> int:
 def peaks(folder: str | None, kept: list[Row], save: Save) -> list[Row]:
     """Predicted and measured peak bytes per pool: models x limits; those in `kept` are not run again."""
 
+    return_freed_memory()  # so that what is resident follows what is allocated
+
     def row(name: str, cluster: Cluster, limit_bytes: int) -> Row:
         return peak_row(name, PEAK_MODELS[name], cluster, limit_bytes, folder)
 
@@ -116,16 +120,20 @@ def _at_limits(
 
 
 def peak_row(name: str, size: tuple[int, int], cluster: Cluster, limit_bytes: int, folder: str | None) -> Row:
-    """Two steps within a limit. errors: measured / predicted - 1 per pool."""
+    """Two steps within a limit. errors: measured / predicted - 1 per pool; resident_error: the same of what the system sees in RAM."""
     row: Row = {"model": name, "batch": list(size), "limit_bytes": limit_bytes}
     limit = {"device": limit_bytes, "disk": _DISK_BYTES}
     try:
         step, batch = prepared(lambda: zoo.load(name, size), cluster, limit, folder)
     except DoesNotFitError:
         return row | {"fits": False, "holds": True}
-    losses = [float(step(batch)) for _ in range(2)]
+    losses = [float(step(batch))]
+    with measure_resident_peak() as resident:
+        losses.append(float(step(batch)))
     assert step.executor is not None and step.executor.memory is not None
-    predicted, measured = step.plan.predicted["peak_bytes"], step.executor.memory.pools
+    memory = step.executor.memory
+    predicted, measured = step.plan.predicted["peak_bytes"], memory.pools
+    there_before = memory.stored_bytes + sum(t.nbytes for t in batch.values())
     pools = [pool for pool in measured if measured[pool] or predicted.get(pool)]
     errors = {pool: measured[pool] / predicted[pool] - 1 if predicted.get(pool) else float("inf") for pool in pools}
     traffic = step.executor.traffic
@@ -133,7 +141,8 @@ def peak_row(name: str, size: tuple[int, int], cluster: Cluster, limit_bytes: in
     return row | {
         "fits": True, "predicted_bytes": {pool: predicted.get(pool, 0) for pool in pools},
         "measured_bytes": {pool: measured[pool] for pool in pools}, "errors": errors, "offloaded_bytes": traffic.offloaded_bytes,
-        "fetched_bytes": traffic.fetched_bytes, "losses": losses,
+        "fetched_bytes": traffic.fetched_bytes, "losses": losses, "resident_bytes": there_before + resident.grown_bytes,
+        "resident_error": (there_before + resident.grown_bytes) / predicted["device"] - 1,
         "holds": measured["device"] <= limit_bytes and all(-MOST_OFF <= error <= MOST_BELOW for error in errors.values()),
     }  # fmt: skip
 
@@ -148,6 +157,7 @@ def peaks_summary(rows: Sequence[Row]) -> Row:
         "num_models": len({row["model"] for row in ran}),
         "most_above_predicted": max(errors, default=None),
         "most_below_predicted": min(errors, default=None),
+        "resident_errors_of_large": [r["resident_error"] for r in ran if r["predicted_bytes"]["device"] >= _LARGE_BYTES],
         "within_limit": all(row["measured_bytes"]["device"] <= row["limit_bytes"] for row in ran),
         "holds": all(row["holds"] for row in rows),
     }
