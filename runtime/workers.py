@@ -37,7 +37,7 @@ class Work:
         self._done.wait()
         if self._error is not None:
             # Not itself: with the frames it is raised through it would keep alive whatever they hold, this work included.
-            raise copy.copy(self._error) from self._error
+            raise _copied(self._error) from self._error
 
     def finish(self) -> None:
         """Return when it is done, well or not."""
@@ -69,6 +69,13 @@ def _without_frames(error: BaseException) -> BaseException:
         part.__traceback__ = None
         part = part.__cause__ or part.__context__
     return error
+
+
+def _copied(error: BaseException) -> BaseException:
+    try:
+        return copy.copy(error)
+    except Exception:  # its constructor wants other arguments than it keeps
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Workers:

@@ -52,6 +52,20 @@ def test_an_error_is_raised_at_every_wait_and_stops_nothing(num_threads):
     workers.close()
 
 
+def test_an_error_that_cannot_be_copied_is_told_too():
+    class PickyError(Exception):
+        def __init__(self, *, why):
+            super().__init__(why)
+
+    def fail():
+        raise PickyError(why="no reason")
+
+    workers = Workers(1, "test")
+    with pytest.raises(RuntimeError, match="PickyError: no reason"):
+        workers.submit(fail).wait()
+    workers.close()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_work_needs_is_let_go_before_it_counts_as_done(fails):
     workers = Workers(2, "test")
