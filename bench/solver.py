@@ -24,8 +24,8 @@ from opweave.compiler.solver import Solution, solve
 
 ANYTIME_S = 10.0
 DEFAULT_LIMIT_S = 60.0
-MARGIN = 0.02
-"""Fraction of each limit (at least a second) kept back for the last steps and the check of the answer."""
+MARGIN, MARGIN_S = 0.02, 2.0
+"""Kept back of each limit for the last steps and the check of the answer: a fraction and seconds, at most three tenths in all."""
 
 
 def score(path: Path, selection: list[int]) -> tuple[int | None, bool]:
@@ -57,7 +57,8 @@ def run_instance(path: Path, name: str, limit_s: float, seed: int, best_known: i
     started = time.perf_counter()
     problem = SelectionProblem.load(path)
     loaded = time.perf_counter() - started
-    solution = solve(problem, time_limit_s=max(limit_s - loaded - max(MARGIN * limit_s, 1.0), 1.0), gap=0.0, seed=seed)
+    kept_back = min(MARGIN * limit_s + MARGIN_S, 0.3 * limit_s)
+    solution = solve(problem, time_limit_s=max(limit_s - loaded - kept_back, 0.01), gap=0.0, seed=seed)
     seconds = time.perf_counter() - started
     cost, feasible = score(path, solution.selection.tolist())
     return {

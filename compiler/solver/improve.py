@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .blocks import anneal_blocks
 from .forest import new_scratch
 from .graph import Flows, Graph, Rows
 from .search import anneal, refine, set_seed
@@ -37,15 +38,18 @@ class Searcher:
         """Repair of memory and strict descent by small and large regions."""
         return self._refine(start, ((moves, 1, 10, 0.0, 0.0), (moves // 4, 1, 100, 0.0, 0.0)), deadline)
 
-    def cycle(self, start: Incumbent, hot: float, steps: int, moves: int, deadline: float) -> Incumbent:
-        """Anneal the whole graph from noise ``hot`` (energy units), then settle under the true limits."""
+    def cycle(self, start: Incumbent, hot: float, steps: int, moves: int, deadline: float, *, blocks: bool = False) -> Incumbent:
+        """Anneal from noise ``hot`` (energy units), the whole graph at once or by ``blocks``, then settle under the true limits."""
         set_seed(int(self.rng.integers(1 << 30)))
         x, price, best = start.x.copy(), start.price.copy(), start.x.copy()
         state = np.array([np.inf, np.inf, 0.0])
         done = 0
         while done < steps and time.perf_counter() < deadline:
             chunk = min(20, steps - done)
-            anneal(chunk, done, steps, hot, hot * 1e-2, 0.02, x, price, best, state, *self.field)
+            if blocks:
+                anneal_blocks(chunk, done, steps, hot, hot * 1e-2, x, price, best, state, *self.field)
+            else:
+                anneal(chunk, done, steps, hot, hot * 1e-2, 0.02, x, price, best, state, *self.field)
             done += chunk
         met = Incumbent(best.copy(), float(state[0]), price)
         warm = min(hot, self.unit) * 0.1

@@ -126,9 +126,11 @@ class Run:
 
     def raise_bound(self, bound: float, exact: bool = False) -> None:
         """Take a better bound, less rounding error; whole-number problems round it up."""
+        if not math.isfinite(bound):
+            return
         if not exact:
             bound -= 1e-9 * abs(bound)
-        if self.whole and math.isfinite(bound):
+        if self.whole:
             bound = math.ceil(bound - 1e-6)
         if bound > self.bound:
             self.bound = min(bound, self.objective)
@@ -254,7 +256,7 @@ class Run:
         quick = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
         with ThreadPoolExecutor(max_workers=1) as pool:
             other = pool.submit(self.dual.run, SECOND_ITERATIONS, self.deadline)
-            self.take(a.cycle(quick, 0.3 * self.unit, 250, 15_000, self.deadline))
+            self.take(a.cycle(quick, 0.3 * self.unit, 200, 15_000, self.deadline, blocks=True))
             other.result()
             self.raise_bound(self.dual.bound)
             number = 0
@@ -273,8 +275,9 @@ class Run:
         if ascend:
             other = pool.submit(self.dual.run, ROUND_ITERATIONS, self.deadline)
         else:
-            second = fresh if number < 6 else start
-            other = pool.submit(b.cycle, second, self.unit * HOT[(number + 3) % len(HOT)], 400, 40_000, self.deadline)
+            anew = number < 6
+            heat = self.unit * HOT[(number + 3) % len(HOT)]
+            other = pool.submit(b.cycle, fresh if anew else start, heat, 400, 40_000, self.deadline, blocks=anew)
         self.take(a.cycle(fresh if number == 0 else start, self.unit * hot, 400, 40_000, self.deadline))
         result = other.result()
         if result is not None:

@@ -58,7 +58,8 @@ def test_searcher_returns_only_feasible_selections_with_their_energy() -> None:
         g, rows = build_graph(model), build_rows(model)
         searcher = Searcher(g, rows, build_flows(model), seed, 1.0)
         start = Incumbent(np.zeros(model.num_nodes, dtype=np.int64), math.inf, np.zeros(model.num_slots))
-        for found in (searcher.descend(start, 200, math.inf), searcher.cycle(start, 1.0, 20, 200, math.inf)):
+        cycles = [searcher.cycle(start, 1.0, 20, 200, math.inf, blocks=blocks) for blocks in (False, True)]
+        for found in (searcher.descend(start, 200, math.inf), *cycles):
             if found.energy < g.big:
                 assert (model.loads(found.x) <= model.slot_limit).all()
                 assert np.isclose(model.objective(found.x) - model.constant, found.energy)  # streams included

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 from opweave.compiler.solver.command import solve_file
+from opweave.compiler.solver.structured import solve_structured
 
 from tests.compiler.solver.problems import brute_force, random_problem
 
@@ -37,6 +39,27 @@ def test_equals_brute_force(seed: int) -> None:
 @given(st.integers(0, 2**31))
 def test_equals_brute_force_when_memory_is_ample(seed: int) -> None:
     check(random_problem(seed, most_nodes=7, tight=False))
+
+
+@pytest.mark.slow
+@settings(max_examples=1200, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.booleans())
+def test_equals_brute_force_often(seed: int, tight: bool) -> None:
+    check(random_problem(seed, tight=tight))
+
+
+@pytest.mark.slow
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31))
+def test_a_node_without_strategies_makes_any_problem_infeasible(seed: int) -> None:
+    """The problem itself equals brute force with the engine for structured problems too; with an empty node it has no answer."""
+    problem = random_problem(seed, most_nodes=5)
+    best, answer = brute_force(problem), solve_structured(problem, gap=1e-6, time_limit_s=60.0)
+    assert answer is not None
+    assert (answer.status == "infeasible") == math.isinf(best)
+    assert math.isinf(best) or answer.lower_bound - 1e-6 <= best <= answer.objective + 1e-6 <= best + 1e-4
+    empty = replace(problem, num_strategies=np.append(problem.num_strategies, 0).astype(np.int32))
+    assert solve(empty).reason == f"node {problem.num_nodes} has no strategy"
 
 
 def chain(num: int, sizes: int, limit: float, seed: int = 0, skips: bool = True) -> SelectionProblem:
