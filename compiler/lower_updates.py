@@ -37,10 +37,12 @@ class UpdateQueue:
         self._low = lowering
         self._plan = lowering.plan
         self._open: dict[_Key, list[fx.Node]] = defaultdict(list)
+        self._filled: dict[_Key, int] = defaultdict(int)  # bytes in the open bucket
         self._full: list[tuple[_Key, list[fx.Node]]] = []
         self._new: NewValues = {}
         self._returning: list[tuple[fx.Node, Callable[[], fx.Node]]] = []
         self._on_cpu: list[tuple[list[fx.Node], fx.Node, StatePlace]] = []  # updates under way, waited for at the end
+        self._sent: tuple[_Key, list[fx.Node], list[str], list[fx.Node]] | None = None
         self._left = [node for node in lowering.step.ops if op_name(node) == UPDATE]
         self._due = due_after(lowering.uses, lowering.plan.residency) if lowering.plan.early_updates else {}
 
@@ -52,7 +54,9 @@ class UpdateQueue:
             key = self._key(op)
             bucket = self._open[key]
             bucket.append(op)
-            if sum(map(self._num_bytes, bucket)) >= self._low.bucket_bytes:
+            self._filled[key] += self._num_bytes(op)
+            if self._filled[key] >= self._low.bucket_bytes:
+                self._filled[key] = 0
                 self._full.append((key, self._open.pop(key)))
             while len(self._full) > (1 if math.prod(self._low.mesh) > 1 else 0):
                 self._emit(*self._full.pop(0))
@@ -64,6 +68,7 @@ class UpdateQueue:
         for key, ops in (*self._full, *self._open.items()):
             for call in self._calls(key, ops):
                 self._emit(key, call)
+        self._start_sent()
         for ops, started, place in self._on_cpu:
             self._results(ops, self._low.e.op(tiers.updated, started), place)
         for param, returned in self._returning:
@@ -96,7 +101,7 @@ class UpdateQueue:
         kind, group, place = key
         fqns = [self._low.info(tensor_args(op)[0]).fqn for op in ops]
         if place.update == HOST:
-            self._on_cpu.append((ops, self._on_host(kind, group, ops, fqns), place))
+            self._send(key, ops, fqns)
         else:
             self._results(ops, self._on_device(kind, group, ops, fqns), place)
 
@@ -124,15 +129,25 @@ class UpdateQueue:
             states.append(local[2:])
         return self._low.e.op(update.fused_update, params, grads, states, kind, group, fqns, self._low.loss())
 
-    def _on_host(self, kind: str, group: int, ops: list[fx.Node], fqns: list[str]) -> fx.Node:
-        params, grads, states = [], [], []
+    def _send(self, key: _Key, ops: list[fx.Node], fqns: list[str]) -> None:
+        """Send gradients to the CPU. They are waited for, and their update starts, when the next ones are sent: until then they travel."""
+        self._start_sent()
+        grads = []
         for op in ops:
-            param, grad, *slots = tensor_args(op)
-            params.append(self._low.parked_input(param))
-            local = self._low.get(grad, "update", self._plan.ops[op].operands[1])
+            local = self._low.get(tensor_args(op)[1], "update", self._plan.ops[op].operands[1])
             grads.append(self._low.e.op(tiers.offload, local, HOST))
-            states.append([self._low.parked_input(slot) for slot in slots])
-        return self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
+        self._sent = (key, ops, fqns, grads)
+
+    def _start_sent(self) -> None:
+        if self._sent is None:
+            return
+        (kind, group, place), ops, fqns, sent = self._sent
+        self._sent = None
+        grads = [self._low.e.op(tiers.settle, grad) for grad in sent]
+        params = [self._low.parked_input(tensor_args(op)[0]) for op in ops]
+        states = [[self._low.parked_input(slot) for slot in tensor_args(op)[2:]] for op in ops]
+        started = self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
+        self._on_cpu.append((ops, started, place))
 
     # -- new values -------------------------------------------------------------------------------------------------------
 

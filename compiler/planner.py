@@ -9,10 +9,14 @@ the choice where everything lives (`price_places`). Meshes are taken best bound 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import re
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +27,7 @@ from torch import fx
 from ..cost_model.cluster import Cluster
 from ..runtime.dry_run import dry_run
 from ..runtime.memory import MemoryReport
+from ..runtime.meta_ops import MetaOps
 from .analyse import Analysis
 from .choices import ChoiceGraph, build_choices
 from .force import restriction
@@ -102,6 +107,7 @@ class _Search:
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "strategies", "pricing", "solve", "verify"), 0.0))
     found: list[Candidate] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    ops: MetaOps = field(default_factory=MetaOps)
 
     def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, Outcome]:
         """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
@@ -179,18 +185,18 @@ class _Search:
         """Lower a candidate, schedule it within what memory it leaves, and see what that needs."""
         started = time.perf_counter()
         program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
-        line = timeline(program, self.cluster, device="meta")
-        memory = dry_run(program)
+        line = timeline(program, self.cluster, device="meta", ops=self.ops)
+        memory = dry_run(program, self.ops)
         room = self.limits[DEVICE]
         for _ in range(_MAX_SCHEDULES):
             if memory.peak_bytes > self.limits[DEVICE]:
                 break  # too much as it is
             moves = schedule(program, line, self.cluster, room)
             back = move(program.graph, moves)
-            scheduled = dry_run(program) if moves else memory
+            scheduled = dry_run(program, self.ops) if moves else memory
             if scheduled.peak_bytes <= self.limits[DEVICE]:
                 candidate.moves, memory = moves, scheduled
-                line = timeline(program, self.cluster, device="meta") if moves else line
+                line = timeline(program, self.cluster, device="meta", ops=self.ops) if moves else line
                 break
             room -= 1.05 * (scheduled.peak_bytes - self.limits[DEVICE])
             move(program.graph, back)
@@ -255,6 +261,20 @@ def _warm_up() -> None:
     solve_structured(builder.build(), time_limit_s=600.0, gap=GAP, seed=0)
 
 
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Without what HiGHS (as in ortools 9.15) prints on the process's standard output, which belongs to the caller's JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = False) -> Solution:
     """Step graphs are nearly chains, with places they are many small items to pack: there is an engine for either. What it cannot close
     goes to the general one."""
@@ -265,7 +285,8 @@ def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = 
 
     _warm_up()
     if places:
-        packed = solve_places(problem, time_limit_s=time_limit_s, gap=PLACES_GAP, seed=0)
+        with _nothing_printed():
+            packed = solve_places(problem, time_limit_s=time_limit_s, gap=PLACES_GAP, seed=0)
         if packed is not None:
             return packed
     structured = solve_structured(problem, time_limit_s=min(time_limit_s, 10.0), gap=GAP, seed=0)

@@ -25,6 +25,7 @@ from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simu
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
 from ..cost_model.work import op_class as work_class
 from ..runtime import collectives, update
+from ..runtime.meta_ops import MetaOps
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..runtime.reuse import gathers_in_place
 from ..torch_compat import FakeTensorMode, OpOverload
@@ -87,16 +88,17 @@ def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.
     return _AnyPrecision(**{item.name: getattr(plan, item.name) for item in fields(Plan)})
 
 
-def timeline(program: LocalProgram, cluster: Cluster, *, device: str = "cpu") -> Timeline:
-    """The program of one rank as instructions, priced for `cluster`. device: for which the program was lowered, "cpu" or "meta"."""
-    values = _fake_values(program, device)
+def timeline(program: LocalProgram, cluster: Cluster, *, device: str = "cpu", ops: MetaOps | None = None) -> Timeline:
+    """The program of one rank as instructions, priced for `cluster`. device: for which the program was lowered, "cpu" or "meta". ops: what
+    is known of ops on "meta" already."""
+    values = _fake_values(program, device, ops or MetaOps())
     return _Writer(program, cluster, values).write()
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def _fake_values(program: LocalProgram, device: str) -> dict[fx.Node, Any]:
+def _fake_values(program: LocalProgram, device: str, ops: MetaOps) -> dict[fx.Node, Any]:
     """What every node yields, as tensors without data."""
     values: dict[fx.Node, Any] = {}
     ports = {port.name: port for port in program.inputs}
@@ -112,13 +114,13 @@ def _fake_values(program: LocalProgram, device: str) -> dict[fx.Node, Any]:
                     values[node] = timeline_tiers.InTier.of(values[node], port.tier)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs)
+                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs, ops if device == "meta" else None)
                 if node in into and not isinstance(made.result, list):
                     made.result = values[into[node][0]]  # received in the memory of the old value; a bucket is received elsewhere first
     return values
 
 
-def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, Any], ops: MetaOps | None) -> Any:
     if target in _STARTS:
         return _STARTS[target](math.prod(mesh[axis] for axis in args[1]), *args, **kwargs)
     if target in timeline_tiers.STARTS:
@@ -128,7 +130,7 @@ def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, 
     if target is update.fused_update:
         params, _, states = args[:3]
         return [*params, *(slot for slots in states for slot in slots)]
-    return target(*args, **kwargs)
+    return (ops.of(target) if ops is not None else target)(*args, **kwargs)
 
 
 def _resized(x: torch.Tensor, dim: int, numerator: int, denominator: int) -> torch.Tensor:

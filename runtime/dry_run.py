@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from ..torch_compat import OpOverload
 from . import collectives, update
 from .execute import slot_names, stored_slots
 from .groups import group_ranks
 from .lockstep import collective_request
 from .memory import MemoryAccount, MemoryReport
+from .meta_ops import MetaOps
 from .program import LocalProgram
 from .program_text import write
 from .reuse import gathers_in_place
@@ -49,8 +51,9 @@ def _shaped(collective: Any, x: torch.Tensor, n: int, dim: int | None, gather_di
 
 
 @torch.no_grad()
-def dry_run(program: LocalProgram) -> MemoryReport:
-    """Peak memory of one step of `program`, which must have been lowered for the device "meta"."""
+def dry_run(program: LocalProgram, ops: MetaOps | None = None) -> MemoryReport:
+    """Peak memory of one step of `program`, which must have been lowered for the device "meta". ops: what is known of ops already."""
+    ops = ops or MetaOps()
     account = MemoryAccount(slot_names(program), stored_slots(program))
     values: list[Any] = [unravel(0, program.mesh)]
     store = TierStore()
@@ -61,7 +64,9 @@ def dry_run(program: LocalProgram) -> MemoryReport:
     stored = list(values)  # alive all the time, as in a state: an address must not be given to another storage
     text = write(program.graph, lockstep=True, tracked=True, into=gathers_in_place(program))
     bindings = {update.fused_update: _update} | store.bindings(None)
-    rank = text.bind(bindings)(values, account.track, account.drop)
+    step = text.bind(bindings)
+    step.__globals__.update({name: ops.of(op) for name, op in text.constants.items() if isinstance(op, OpOverload)})
+    rank = step(values, account.track, account.drop)
     sizes: dict[tuple[int, ...], int] = {}
     answer = None
     while True:
