@@ -78,9 +78,14 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, status: int, as_json: bool) -> NoReturn:
     """Say what is wrong, and leave with this exit status."""
     print_error(message)
-    if as_json:
+    if as_json and _leads():
         print_json({"error": message})
     raise typer.Exit(status)
+
+
+def _leads() -> bool:
+    """Of a job that torchrun started, rank 0 alone prints the JSON object."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_error(message: str) -> None:

@@ -27,7 +27,8 @@ class Measured:
 
     peak_bytes: most bytes at once by pool, as the executor accounted them. offloaded_bytes, fetched_bytes: copied per step from and to the
     device. recomputed_ops: ops run a second time per step. rss_peak_bytes: what the device's tensors took of the process's memory in RAM at
-    most: what it grew by while training, and the parameters, buffers and state that were there before; None where the system does not tell.
+    most: what it grew by in the steps behind the first, and the parameters, buffers and state that were there before; None where the system
+    does not tell.
     """
 
     step_time_s: float | None
@@ -46,9 +47,11 @@ def run_steps(step: TrainingStep, batch: Any, num_steps: int, progress: Progress
     """(what was measured, loss per step) of `num_steps` steps on one batch. The step is planned and set up before the clock runs."""
     step.prepare(batch)
     losses, times = [], []
+    resident = None
     with contextlib.ExitStack() as stack:
-        resident = _resident_peak(stack)
         for number in range(num_steps):
+            if number == 1:  # the first step also loads what the kernels need for themselves
+                resident = _resident_peak(stack)
             begin = time.perf_counter()
             losses.append(float(step(batch)))
             if torch.cuda.is_available():

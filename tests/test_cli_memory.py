@@ -134,6 +134,14 @@ def test_run_says_what_does_not_hold(monkeypatch):
     assert exceeded({"device": 4, "host": 0}, {"device": 4.0}) == []
 
 
+def test_one_rank_prints_the_error(monkeypatch):
+    args = ("run", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "60000", "--steps", "1", "--json")
+    assert "does not fit" in json.loads(run(*args)[1])["error"]
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = run(*args)
+    assert code == 2 and out == "" and "does not fit" in err
+
+
 def test_models_of_the_zoo_get_weights():
     model, batch = materialised("mobilenet-tiny", None)
     assert next(model.parameters()).device.type == "cpu"
