@@ -197,7 +197,7 @@ class Lowering:
         out = next(n for n in self.step.graph.nodes if n.op == "output")
         nodes: list[fx.Node] = []
         ports: list[Port] = []
-        tiers_of = {(info.kind, info.fqn, info.slot): self.tier(node) for node, info in self._infos.items()}
+        tiers_of: dict[tuple[str, str, str], str] = {(i.kind, i.fqn, i.slot): self.tier(node) for node, i in self._infos.items()}
         for value, info in zip(out.args[0], self.step.outputs, strict=True):
             key = (info.kind, info.fqn, info.slot)
             if key in new_values:

@@ -166,11 +166,11 @@ class PlacePricer:
         places = self._allowed.of_unit(unit, places)
         options = [(c, place) for c in classes for place in places]
         local = np.array([num_bytes / c for c, _ in options])
-        streams = {}
+        streams: dict[str, np.ndarray] = {}
         for tier in self._tiers:
             for way in ("out", "in"):
                 moved = np.where(_is(options, tier), self._copy_s(tier, way, local), 0.0)
-                streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], 0.0) + moved
+                streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], np.zeros(len(options))) + moved
         node = self._add(unit, options, np.zeros(len(options)), streams)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
         if tie is not op:
@@ -294,14 +294,14 @@ class PlacePricer:
         return streams
 
     def _state_memory(self, param: fx.Node, op: fx.Node, node: PlaceNode, p_bytes: np.ndarray, s_bytes: np.ndarray) -> None:
-        places = [place for _, place in node.options]
+        places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
         at = self.due.get(op, self._end - 1)
-        self._use(node, DEVICE, 0, self._end, p_bytes * [pl.param == DEVICE for pl in places])
-        self._use(node, DEVICE, 0, self._end, s_bytes * [pl.state == DEVICE for pl in places])
-        self._use(node, DEVICE, at, at + 1, s_bytes * [pl.state != DEVICE and pl.update == DEVICE for pl in places])
+        self._use(node, DEVICE, 0, self._end, p_bytes * np.array([pl.param == DEVICE for pl in places]))
+        self._use(node, DEVICE, 0, self._end, s_bytes * np.array([pl.state == DEVICE for pl in places]))
+        self._use(node, DEVICE, at, at + 1, s_bytes * np.array([pl.state != DEVICE and pl.update == DEVICE for pl in places]))
         for tier in self._tiers:
-            p_off = p_bytes * [pl.param == tier for pl in places]
-            s_off = s_bytes * [pl.state == tier for pl in places]
+            p_off = p_bytes * np.array([pl.param == tier for pl in places])
+            s_off = s_bytes * np.array([pl.state == tier for pl in places])
             self._use(node, tier, 0, self._end, p_off + s_off)
             back = float(self._copy_s(tier, "in", p_bytes).max())
             for start, end in self._windows(param, at):

@@ -91,18 +91,19 @@ def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.
 def timeline(program: LocalProgram, cluster: Cluster, *, device: str = "cpu", ops: MetaOps | None = None) -> Timeline:
     """The program of one rank as instructions, priced for `cluster`. device: for which the program was lowered, "cpu" or "meta". ops: what
     is known of ops on "meta" already."""
-    values = _fake_values(program, device, ops or MetaOps())
+    values = _fake_values(program, device, ops)
     return _Writer(program, cluster, values).write()
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def _fake_values(program: LocalProgram, device: str, ops: MetaOps) -> dict[fx.Node, Any]:
+def _fake_values(program: LocalProgram, device: str, ops: MetaOps | None = None) -> dict[fx.Node, Any]:
     """What every node yields, as tensors without data."""
     values: dict[fx.Node, Any] = {}
     ports = {port.name: port for port in program.inputs}
     into = gathers_in_place(program)
+    ops = (ops or MetaOps()) if device == "meta" else None
     without_data = contextlib.nullcontext() if device == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
     with without_data, torch.no_grad():
         for node in program.graph.nodes:
@@ -114,7 +115,7 @@ def _fake_values(program: LocalProgram, device: str, ops: MetaOps) -> dict[fx.No
                     values[node] = timeline_tiers.InTier.of(values[node], port.tier)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs, ops if device == "meta" else None)
+                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs, ops)
                 if node in into and not isinstance(made.result, list):
                     made.result = values[into[node][0]]  # received in the memory of the old value; a bucket is received elsewhere first
     return values

@@ -253,7 +253,7 @@ def _fixed_runs(tensors: Sequence[torch.Tensor], runs: int) -> list[float]:
             for _ in range(3):
                 work = work @ work * 1e-3
             times.append(_timed(lambda tensor=tensor: dist.all_reduce(tensor), tensor.is_cuda))  # type: ignore[misc]
-    # A low quantile: other work on the machine only ever adds, and a rank that has to be woken takes five times as long as one that is awake.
+    # A low quantile: other work on the machine only ever adds, and so does waking a rank that sleeps.
     return [sorted(times)[runs // 8] for times in seconds]
 
 

@@ -15,6 +15,7 @@ import torch
 from ..torch_compat import OpOverload, direct_call, storage_identity
 
 _Recipe = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
+_Known = tuple[list[_Recipe], bool]
 
 
 class MetaOps:
@@ -22,7 +23,7 @@ class MetaOps:
 
     def __init__(self) -> None:
         # call -> (recipes of its results, whether they are a tuple); None: not to be remembered
-        self._known: dict[Hashable, tuple[list[_Recipe], bool] | None] = {}
+        self._known: dict[Hashable, _Known | None] = {}
 
     def of(self, op: Any) -> Callable[..., Any]:
         """A function that does for meta tensors what `op` does."""
@@ -34,14 +35,15 @@ class MetaOps:
     def _call(self, op: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             key = (op, _key(args), _key(tuple(kwargs.items())))
-            known = self._known.get(key, False)
+            is_new = key not in self._known
         except TypeError:  # an argument that cannot be a key
             return target(*args, **kwargs)
-        if known:
+        known = None if is_new else self._known[key]
+        if known is not None:
             made = [None if r is None else torch.empty_strided(r[0], r[1], dtype=r[2], device="meta") for r in known[0]]
             return tuple(made) if known[1] else made[0]
         result = target(*args, **kwargs)
-        if known is False:
+        if is_new:
             self._known[key] = _recipes(result, args, kwargs)
         return result
 
@@ -56,7 +58,7 @@ def _key(value: Any) -> Hashable:
     return value
 
 
-def _recipes(result: Any, args: Any, kwargs: Any) -> tuple[list[_Recipe], bool] | None:
+def _recipes(result: Any, args: Any, kwargs: Any) -> _Known | None:
     """How to make such results again; None where they share memory with anything."""
     is_tuple = isinstance(result, tuple)
     if isinstance(result, list):
