@@ -191,16 +191,20 @@ def _show_frontier(rows: list[dict[str, Any]], title: str) -> None:
 
 def draw_frontier(figure: Any, rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Step time against device memory as steps: a plan serves every limit up to the next point's."""
-    limits = [row["limit_bytes"] / 2**30 for row in rows]
+    from .cli_tables import bytes_text
+
+    limits = [row["limit_bytes"] for row in rows]
     times = [row["step_time_s"] * 1e3 for row in rows]
     axes = figure.add_subplot()
     axes.step(limits, times, where="post", marker="o")
     axes.set_xscale("log")
     axes.set_ylim(0, max(times) * 1.1)
-    axes.set_xlabel("device memory (GiB)")
+    axes.set_xticks(limits, labels=[bytes_text(limit) for limit in limits], rotation=30)
+    axes.minorticks_off()
+    axes.set_xlabel("device memory")
     axes.set_ylabel("predicted step time (ms)")
     axes.set_title(title)
-    axes.grid(True, which="both", alpha=0.3)
+    axes.grid(True, alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
 
