@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 CPU = "cpu"
 _FORBIDDEN = float("inf")
 _LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
+_NEVER_FREE = 0.01  # share of a hidden copy's seconds that counts all the same: of plans that hide all they move, the one that moves least
 
 # What a tier's copies occupy, per direction; the disk reads and writes through one path.
 STREAMS = {(HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "disk", (DISK, "in"): "disk"}
@@ -171,13 +172,14 @@ class PlacePricer:
             for way in ("out", "in"):
                 moved = np.where(_is(options, tier), self._copy_s(tier, way, local), 0.0)
                 streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], np.zeros(len(options))) + moved
-        node = self._add(unit, options, np.zeros(len(options)), streams)
+        node = self._add(unit, options, streams)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
         if tie is not op:
             self._tie_sizes(op, None, node, op, recomputed=True)
         self._unit_memory(unit, node, local)
 
-    def _add(self, member: fx.Node, options: list, costs: np.ndarray, streams: dict[str, np.ndarray]) -> PlaceNode:
+    def _add(self, member: fx.Node, options: list, streams: dict[str, np.ndarray]) -> PlaceNode:
+        costs = np.zeros(len(options)) + sum(_NEVER_FREE * seconds for seconds in streams.values())
         index = self._pricer.builder.add_node(costs, {k: v for k, v in streams.items() if np.any(v)} or None)
         node = self._nodes[member] = PlaceNode(index, member, options)
         return node
@@ -260,7 +262,7 @@ class PlacePricer:
         s_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in tensor_args(op)[2:]) / share
         early = op in self.due
         streams = self._state_streams(options, p_bytes, s_bytes, num_elements / share, early)
-        node = self._add(param, options, np.zeros(len(options)), streams)
+        node = self._add(param, options, streams)
         for choice, pieces, shift in ((stored, p_pieces, 20), (update, s_pieces, 0)):
             fits = pieces[:, None] == ((np.array([c for c, _ in options]) >> shift) & ((1 << 20) - 1))[None, :]
             cost = np.where(fits, 0.0, _FORBIDDEN)
