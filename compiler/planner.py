@@ -35,7 +35,7 @@ from .limits import Limits, memory_limits
 from .lower import lower, move
 from .place_recipes import AUTO, NO_PLACES, check_recipe
 from .plan import Plan
-from .pricing import SIDE, Pricer
+from .pricing import COPIES_HIDDEN, SIDE, Pricer
 from .problem import ProblemBuilder, SelectionProblem
 from .record import Candidate, Outcome, record
 from .residency import DEVICE
@@ -55,6 +55,7 @@ _WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger
 _UNLIMITED = {DEVICE: math.inf}
 _MAX_TRIES = 8
 _MAX_SCHEDULES = 3
+_WORTH_ANOTHER_LOOK = 0.02  # a simulated step this much above the sum of costs
 
 
 class DoesNotFitError(ValueError):
@@ -144,28 +145,34 @@ class _Search:
             return
         for places in {AUTO: (False, True), NO_PLACES: (False,)}.get(self.places, (True,)):
             self._fit(mesh, places)
-            if mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
+            if not places and mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
                 return
+        if mesh.best is None or mesh.outcome is None or not mesh.best.with_places:
+            return
+        # Copies that the sum of costs takes for hidden may show at both ends of the step. The plan that takes none for hidden is the other
+        # extreme, and the simulation decides.
+        if mesh.outcome.simulation.step_time_s > mesh.best.solution.objective * (1 + _WORTH_ANOTHER_LOOK):
+            self._fit(mesh, True, copies_hidden=0.0)
 
-    def _fit(self, mesh: _Mesh, places: bool) -> None:
-        """Solve with limits until the program fits, too.
+    def _fit(self, mesh: _Mesh, places: bool, copies_hidden: float = COPIES_HIDDEN) -> None:
+        """Solve with limits until the program fits, too; the faster program, simulated, becomes the mesh's best.
 
         The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered
         program does. Where it finds more than a limit, the problem is solved again with that much less.
         """
         limits = dict(self.limits)
         for _ in range(_MAX_TRIES):
-            candidate = self._solve(mesh.mesh, mesh.graph, limits, places=places)
+            candidate = self._solve(mesh.mesh, mesh.graph, limits, places=places, copies_hidden=copies_hidden)
             if candidate.solution.status == "infeasible":
-                if places or self.places == NO_PLACES:
+                if mesh.best is None and (places or self.places == NO_PLACES):
                     self.refused.append(f"mesh {show_mesh(mesh.mesh)}: {self._reason(candidate.solution.reason, limits)}")
                 return
-            if mesh.best is not None and candidate.solution.lower_bound >= mesh.best.solution.objective:
+            if mesh.best is not None and copies_hidden and candidate.solution.lower_bound >= mesh.best.solution.objective:
                 return
             outcome = self._try(candidate)
             over = self._over(outcome.memory)
             if not over:
-                if mesh.best is None or candidate.solution.objective < mesh.best.solution.objective:
+                if mesh.outcome is None or outcome.simulation.step_time_s < mesh.outcome.simulation.step_time_s:
                     mesh.best, mesh.outcome = candidate, outcome
                     self.found.append(candidate)
                 return
@@ -174,7 +181,7 @@ class _Search:
                 limits[pool] -= 1.05 * excess
             if min(limits.values()) <= 0:
                 break
-        if places or self.places == NO_PLACES:
+        if mesh.best is None and (places or self.places == NO_PLACES):
             self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {most.peak_bytes:,} bytes at {most.at}")
 
     def _over(self, memory: MemoryReport) -> dict[str, float]:
@@ -204,9 +211,11 @@ class _Search:
         self.times["verify"] += time.perf_counter() - started
         return Outcome(memory, simulation)
 
-    def _solve(self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool) -> Candidate:
+    def _solve(
+        self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool, copies_hidden: float = COPIES_HIDDEN
+    ) -> Candidate:  # fmt: skip
         t0 = time.perf_counter()
-        priced = Pricer(graph, self.cluster, limits, places=places, recipe=self.places).price()
+        priced = Pricer(graph, self.cluster, limits, places=places, recipe=self.places, copies_hidden=copies_hidden).price()
         t1 = time.perf_counter()
         solution = _solution(priced.problem, self.time_limit_s, places=places)
         self.times["pricing"] += t1 - t0

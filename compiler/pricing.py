@@ -129,10 +129,11 @@ class Pricer:
     """Turns a choice graph into numbers."""
 
     def __init__(
-        self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO
+        self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO,
+        copies_hidden: float = COPIES_HIDDEN,
     ) -> None:  # fmt: skip
         """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for, as far
-        as the recipe leaves a choice (`place_recipes`)."""
+        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies."""
         self.graph = graph
         self.cluster = cluster
         self.mesh = graph.mesh
@@ -142,7 +143,7 @@ class Pricer:
         overlap = cluster.overlap if math.prod(graph.mesh) > 1 else 0.0
         # What one second of computation hides, per stream.
         self._hides = {SIDE: overlap} if overlap else {}
-        self._hides |= dict.fromkeys(streams_of(tiers), COPIES_HIDDEN)
+        self._hides |= dict.fromkeys(streams_of(tiers), copies_hidden)
         pools = {pool: limits[pool] for pool in (DEVICE, *tiers)}
         self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=tuple(self._hides))
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
