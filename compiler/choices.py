@@ -24,7 +24,7 @@ from .blocks import input_key, op_keys
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import Layout, is_partial, replicated
 from .rule import tensor_args
-from .rule_table import op_name
+from .rule_table import UPDATE, op_name
 from .step_graph import GraphInput, StepGraph
 from .strategies import OpStrategy, enumerate_strategies, unique, value_layouts
 
@@ -179,7 +179,7 @@ class ChoiceBuilder:
 
             self.out.input_choice[node] = self._choice(input_key(info, node, factors), "input", node, layouts)
         for op in self.out.step.ops:
-            if op_name(op) == "opweave::update.default":
+            if op_name(op) == UPDATE:
                 self._update_ops.add(op)
                 param, grad = tensor_args(op)[:2]
                 self.out.updates[param] = op

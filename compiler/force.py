@@ -26,7 +26,7 @@ from .choices import Restriction
 from .factors import BoundOp, FactorMap, result_values
 from .layout import REPLICATED
 from .rule import tensor_args
-from .rule_table import op_name
+from .rule_table import UPDATE, op_name
 from .step_graph import StepGraph
 from .strategies import is_pass
 
@@ -104,7 +104,7 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int,
 
     def op(node: fx.Node, bound: BoundOp, axis: int, codes: list[int]) -> list[int]:
         recipe = recipes[axis]
-        if op_name(node) == "opweave::update.default":
+        if op_name(node) == UPDATE:
             return [REPLICATED] if recipe in ("ddp", "replicate") else _split_if_possible(codes)
         if recipe == "replicate":
             return [REPLICATED]

@@ -23,11 +23,11 @@ from . import local_ops
 from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import PARTIAL_NAME, Layout, replicated, spec_of
-from .lower_updates import UPDATE, UpdateQueue
+from .lower_updates import UpdateQueue
 from .reshard import Step, steps
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
 from .rule import tensor_args
-from .rule_table import op_name, row_of
+from .rule_table import UPDATE, op_name, row_of
 from .step_graph import GraphInput, StepGraph
 from .strategies import OpStrategy
 

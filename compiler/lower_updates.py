@@ -20,12 +20,11 @@ from ..runtime.sharding import ShardSpec
 from .factors import is_getitem
 from .residency import DEVICE, HOST, ON_DEVICE, RECOMPUTE, StatePlace, Uses, unit_of
 from .rule import tensor_args
-from .rule_table import argument, op_name
+from .rule_table import UPDATE, argument, op_name
 
 if TYPE_CHECKING:
     from .lower import Lowering
 
-UPDATE = "opweave::update.default"
 NewValues = dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
 _Key = tuple[str, int, StatePlace]
 

@@ -31,7 +31,7 @@ from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, steps
 from .residency import DEVICE, DISK, HOST
 from .rule import results_of, tensor_args
-from .rule_table import op_name
+from .rule_table import UPDATE, op_name
 from .strategies import OpStrategy
 from .views import aliased_operand
 
@@ -335,7 +335,7 @@ class Pricer:
             add(chosen, 0, self._end, self._local(state, [s.operands[2 + i] for s in chosen.options]))
 
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
-        if aliased_operand(node) is not None or op_name(node) == "opweave::update.default":
+        if aliased_operand(node) is not None or op_name(node) == UPDATE:
             return
         if self._places is not None and node in self._places.units:
             return

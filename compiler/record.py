@@ -15,13 +15,12 @@ from .analyse import Analysis
 from .choices import ChoiceGraph
 from .layout import num_pieces
 from .lower import Assignment, Moves
-from .lower_updates import UPDATE
 from .naming import module_rows, usual_names
 from .plan import Decision, Plan, decisions_of, fingerprint, to_assignment
 from .pricing import PricedProblem
 from .residency import DEVICE, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
 from .rule import tensor_args
-from .rule_table import op_name
+from .rule_table import UPDATE, op_name
 
 if TYPE_CHECKING:
     from .solver import Solution

@@ -23,15 +23,13 @@ from torch import fx
 
 from .factors import is_getitem, result_values
 from .rule import tensor_args
-from .rule_table import op_name
+from .rule_table import UPDATE, op_name
 from .step_graph import StepGraph
 from .views import aliased_operand
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 KEEP, RECOMPUTE = "keep", "recompute"
 SMALL_BYTES = 1 << 12
-
-_UPDATE = "opweave::update.default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ class Uses:
         for node in self.step.ops:
             if is_getitem(node):
                 continue
-            if op_name(node) != _UPDATE:
+            if op_name(node) != UPDATE:
                 for root in {unit_of(arg) for arg in tensor_args(node)}:
                     if root.op == "placeholder":
                         self.readers_of_inputs[root].append(node)
@@ -129,7 +127,7 @@ class Uses:
     def parameters(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """(placeholder, update op) of every parameter that is trained."""
         for node in self.step.ops:
-            if op_name(node) == _UPDATE:
+            if op_name(node) == UPDATE:
                 yield tensor_args(node)[0], node
 
 

@@ -63,6 +63,10 @@ _LINEAR_POINTWISE: dict[str, tuple[tuple[int, ...], ...]] = {
 }  # fmt: skip
 
 
+UPDATE = "opweave::update.default"
+"""The op that updates one parameter and its optimizer state."""
+
+
 def op_name(node: fx.Node) -> str:
     """ "add.Tensor" or "opweave::update.default": namespace (aten left out), name and overload."""
     return _target_name(node.target)

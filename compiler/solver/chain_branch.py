@@ -126,6 +126,7 @@ def choose(dual: Dual, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
     for v in np.argsort(-spread, kind="stable")[:20]:
         a, b = model.node_off[v], model.node_off[v + 1]
         used = np.unique([cut.x[v] for _, cut in part.mixture])
+        used = used[~part.forbidden[a + used]]  # the mixture may be older than the part
         values = np.sort(together[a + used])
         at = int(np.diff(values).argmax()) if len(values) > 1 else -1
         if at < 0 or values[at + 1] <= values[at]:

@@ -42,8 +42,8 @@ class ExactResult:
 
 
 @dataclass(slots=True)
-class _Rows:
-    """Linear constraints under construction, as triplets."""
+class Rows:
+    """Sparse rows ``lower <= sum value x[column] <= upper`` under construction, as triplets."""
 
     lower: list[np.ndarray] = field(default_factory=list)
     upper: list[np.ndarray] = field(default_factory=list)
@@ -61,13 +61,19 @@ class _Rows:
         self.upper.append(upper)
         self.num += len(lower)
 
+    def triplets(self, first_part: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row, column, value of all entries from the given part on, sorted by row and column."""
+        row, column, value = (np.concatenate(a[first_part:]) for a in (self.row, self.column, self.value))
+        order = np.lexsort((column, row))
+        return row[order], column[order], value[order]
+
 
 class Mip:
     """The program of one model; ``solve`` adds memory rows until a solution fits."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.rows = _Rows()
+        self.rows = Rows()
         self.node_var = _number(np.isfinite(model.cost))
         self.num_x = int(self.node_var.max(initial=-1)) + 1
         owner = np.repeat(np.arange(model.num_edges), np.diff(model.edge_off))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .exact import Rows
 from .model import Model
 
 EQUAL = 1e-11
@@ -113,33 +114,6 @@ def _pairs(template: Template, small: np.ndarray, members_u: list[np.ndarray], m
         template.add((members_u[i], nothing, np.flatnonzero(u == i)), (-1.0, 0.0, 1.0), 0.0, True)
     for j in np.unique(v):
         template.add((nothing, members_v[j], np.flatnonzero(v == j)), (0.0, -1.0, 1.0), 0.0, True)
-
-
-@dataclass(slots=True)
-class Rows:
-    """Sparse rows ``lower <= sum value x[column] <= upper`` under construction."""
-
-    lower: list[np.ndarray] = field(default_factory=list)
-    upper: list[np.ndarray] = field(default_factory=list)
-    row: list[np.ndarray] = field(default_factory=list)
-    column: list[np.ndarray] = field(default_factory=list)
-    value: list[np.ndarray] = field(default_factory=list)
-    num: int = 0
-
-    def add(self, row: np.ndarray, column: np.ndarray, value: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
-        """Append ``len(upper)`` rows; ``row`` counts from the first of them."""
-        self.row.append(row + self.num)
-        self.column.append(column)
-        self.value.append(value)
-        self.lower.append(lower)
-        self.upper.append(upper)
-        self.num += len(upper)
-
-    def triplets(self, first_part: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row, column, value of all entries from the given part on, sorted by row and column."""
-        row, column, value = (np.concatenate(a[first_part:]) for a in (self.row, self.column, self.value))
-        order = np.lexsort((column, row))
-        return row[order], column[order], value[order]
 
 
 @dataclass(slots=True)

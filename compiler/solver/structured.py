@@ -196,7 +196,7 @@ class Structured:
 
 def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, gap: float = 1e-4, seed: int = 0) -> Solution | None:
     """A solution with its bound, or None if the problem is not of this kind or nothing was found and nothing proven."""
-    from .solve import Solution
+    from .solve import Solution, proven
 
     started = time.perf_counter()
     if problem.num_nodes > MOST_NODES or len(problem.edge_cost) > MOST_ENTRIES or (problem.num_strategies == 0).any():
@@ -215,19 +215,7 @@ def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, g
         )
     if run.x is None:
         return None
-    score = problem.evaluate(run.x)
-    assert score.feasible, f"the selection does not hold: {score.reason}"
-    bound = min(run.bound, score.objective)
-    relative = (score.objective - bound) / max(abs(score.objective), 1e-300) if score.objective > bound else 0.0
-    return Solution(
-        selection=run.x,
-        objective=score.objective,
-        lower_bound=bound,
-        gap=relative,
-        status="optimal" if relative <= gap else "feasible",
-        reason="",
-        seconds=time.perf_counter() - started,
-    )
+    return proven(problem, run.x, run.bound, gap, started)
 
 
 def _why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
