@@ -244,31 +244,31 @@ def test_momentum():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
 @pytest.mark.parametrize("name", [*FAMILIES, *DROPOUT])
-def test_every_place_alone(name, mesh):
-    c = case(name, mesh)
+def test_every_place_alone(name):
+    """On two ranks; the mixes below have all meshes."""
+    c = case(name, (2,))
     for place in (HOST, DISK, RECOMPUTE):
         assert_forced(c, place)
     for place in STATE_PLACES[1:]:
         assert_state(c, place)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("clip", [None, 0.1], ids=["plain", "clipped"])
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
-@pytest.mark.parametrize("name", [*FAMILIES, *DROPOUT])
-def test_random_places_of_every_family(name, mesh, clip):
-    c = case(name, mesh, clip)
-    for seed in range(4):
+    for seed in range(3):
         assert_same(c, mixed(c, seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.parametrize(("mesh", "clip"), [((1,), None), ((1,), 0.1), ((2, 2), 0.1)], ids=["1", "1 clipped", "2x2 clipped"])
+@pytest.mark.parametrize("name", [*FAMILIES, *DROPOUT])
+def test_random_places_of_every_family(name, mesh, clip):
+    c = case(name, mesh, clip)
+    for seed in range(3):
+        assert_same(c, mixed(c, seed))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2-tiny", "t5-tiny", "resnet-tiny", "mixtral-tiny"])
-def test_momentum_of_more_families(name, mesh):
-    c = case(name, mesh, None, "sgd")
+def test_momentum_of_more_families(name):
+    c = case(name, (2,), None, "sgd")
     for place in STATE_PLACES[1:]:
         assert_state(c, place)
     for seed in range(3):
