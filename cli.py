@@ -24,8 +24,10 @@ from .cli_base import (
     LimitOption,
     MeshOption,
     Model,
+    ObjectiveOption,
     OptimizerOption,
     PlacesOption,
+    Stages,
     app,
     autocast_dtype,
     batch_sizes,
@@ -65,6 +67,7 @@ def plan(
     autocast: AutocastOption = None,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
+    objective: ObjectiveOption = "time",
     minimise: Annotated[str | None, typer.Option(metavar="memory", help="Find the smallest device memory that works.")] = None,
     suggestions: Annotated[bool, typer.Option(help="Where nothing fits, try for a minute what would.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
@@ -74,10 +77,10 @@ def plan(
     from .cost_model.cluster import Cluster
 
     if minimise not in (None, "memory"):
-        raise ValueError(f"--minimise {minimise!r} is nothing that can be minimised but the time, which is; known is memory")
+        raise ValueError(f"--minimise {minimise!r} is nothing that can be minimised beside the --objective; known is memory")
     where = Cluster.resolve(cluster)
     sizes, limits = batch_sizes(batch), None if memory_limit is None else limits_of(memory_limit, where)
-    options = {"mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "places": places}
+    options = {"mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "places": places, "objective": objective}
     with busy(f"planning {model} on {where.name}") as doing:
         from .compiler import api
 
@@ -96,7 +99,7 @@ def plan_report(made: Any, **names: str) -> dict[str, Any]:
     """What `plan` and `show` print with --json."""
     from .cli_tables import plain
 
-    keys = ("mesh", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency", "state")
+    keys = ("mesh", "objective", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency", "state")
     return {**names, **{key: plain(getattr(made, key)) for key in keys}}
 
 
@@ -292,19 +295,22 @@ def simulate(
         from .compiler.timeline import timeline_of_plan
 
         recorded = made.model.get("batch")
-        built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
-        optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
-        line = timeline_of_plan(made, built, example, where, optimizer=optimizer)
-        result = line.simulate()
+        stages = Stages()
+        with stages("model"):
+            built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+            optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
+        line = timeline_of_plan(made, built, example, where, optimizer=optimizer, stage=stages)
+        with stages("simulation"):
+            result = line.simulate()
     if trace is not None:
         trace.write_text(json.dumps(chrome_trace(line.instructions, result)))
-    _show_simulation(line, result, made, where, as_json)
+    _show_simulation(line, result, made, where, stages.seconds, as_json)
 
 
-def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: bool) -> None:
-    from .cli_tables import bytes_text, cell, pairs_table, rows_table, seconds_text
+def _show_simulation(line: Any, result: Any, made: Any, where: Any, stages_s: dict[str, float], as_json: bool) -> None:
+    from .cli_tables import bytes_text, cell, joules_text, pairs_table, price_text, rows_table, seconds_text
     from .cost_model.energy import step_joules, step_price
-    from .cost_model.simulate import seconds_per_class
+    from .cost_model.simulate import COMPUTE, seconds_per_class
 
     classes = {k: v for k, v in sorted(seconds_per_class(line.instructions, result).items(), key=lambda pair: -pair[1]) if v > 0}
     peaks = {pool: peak.num_bytes for pool, peak in result.peaks.items()}
@@ -317,8 +323,10 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: boo
         "owners": owners,
         "classes": classes,
         "num_instructions": len(line.instructions),
+        "simulation_time_s": stages_s["simulation"],
+        "stages_s": stages_s,
         "planned_step_time_s": made.predicted["step_time_s"],
-        "joules": step_joules(where, result.step_time_s),
+        "joules": step_joules(where, result.step_time_s, result.busy_s.get(COMPUTE, 0.0)),
         "price": step_price(where, result.step_time_s),
     }
     if as_json:
@@ -328,8 +336,10 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, as_json: boo
         "step": f"{seconds_text(result.step_time_s)} (the plan says {seconds_text(made.predicted['step_time_s'])})",
         "busy": cell("_s", result.busy_s),
         "exposed": cell("_s", result.exposed_s) or "none",
+        "simulated in": f"{cell('_s', stages_s)} of the processor",
         "peak": cell("bytes", peaks),
-        "energy": "-" if report["joules"] is None else f"{report['joules']:.3g} J",
+        "energy": joules_text(report["joules"]) or "-",
+        "price": price_text(report["price"]) or "-",
     }
     screen.print(pairs_table(f"{len(line.instructions)} instructions on {where.name}", facts))
     screen.print(rows_table("seconds by class", [{"class": k, "time": v} for k, v in classes.items()]))

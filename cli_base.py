@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -44,6 +45,9 @@ LimitOption = Annotated[
 ]
 PlacesOption = Annotated[
     str, typer.Option("--places", help="Forced residency: keep, checkpoint, selective:0.5, offload-optimizer or offload-all; else auto.")
+]
+ObjectiveOption = Annotated[
+    str, typer.Option("--objective", help="What is minimised: time, cost or energy; the latter need a price or watts in the cluster file.")
 ]
 AutocastOption = Annotated[str | None, typer.Option("--autocast", help="Dtype of the forward pass: bf16 or fp16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -114,6 +118,22 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=messages, transient=True) as progress:
         task = progress.add_task(text, total=None)
         yield lambda what: progress.update(task, description=f"{text}: {what[:60]}")
+
+
+class Stages:
+    """A stopwatch for what a command does, in processor seconds: other programs on the machine do not count."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what is done within towards the stage of this name."""
+        begin = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - begin
 
 
 # --- reading arguments ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .cli_base import (
     LimitOption,
     MeshOption,
     Model,
+    ObjectiveOption,
     OptimizerOption,
     PlacesOption,
     app,
@@ -39,7 +40,7 @@ from .cli_base import (
     steps_bar,
 )
 
-_STEP_OPTIONS = ("mesh", "force", "places")
+_STEP_OPTIONS = ("mesh", "force", "places", "objective")
 
 
 def _request(model: Any, cluster: Any, batch: Any, given: Mapping[str, Any]) -> Any:
@@ -139,6 +140,7 @@ def frontier(
     autocast: AutocastOption = None,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
+    objective: ObjectiveOption = "time",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it into this picture (png, svg, pdf).")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +151,7 @@ def frontier(
     where = Cluster.resolve(cluster)
     given = {
         "mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "places": places,
-        "autocast": autocast_dtype(autocast), "memory_limit": limits_of(memory_limit, where),
+        "objective": objective, "autocast": autocast_dtype(autocast), "memory_limit": limits_of(memory_limit, where),
     }  # fmt: skip
     with busy(f"planning {model} on {where.name}") as doing:
         from .compiler.frontier import frontier as find
@@ -186,6 +188,8 @@ def _show_frontier(rows: list[dict[str, Any]], title: str) -> None:
         }
         for row in rows
     ]
+    for row, cells in zip(rows, shown, strict=True):
+        cells |= {name: row[name] for name in ("joules", "price") if row[name] is not None}
     screen.print(rows_table(title, shown))
 
 
@@ -225,6 +229,7 @@ def run(
     autocast: AutocastOption = None,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
+    objective: ObjectiveOption = "time",
     disk_path: Annotated[Path | None, typer.Option(help="Folder for what the plan puts on disk; else the system's temporary one.")] = None,
     seed: Annotated[int, typer.Option(help="Of dropout.")] = 0,
     lean: Annotated[bool, typer.Option("--lean", help="On a CPU: give freed memory back to the system at once. Slower.")] = False,
@@ -247,7 +252,8 @@ def run(
     built, example = materialised(model, batch_sizes(batch))
     step = api.compile(
         built, where, optimizer=named_optimizer(optimizer, built), autocast=autocast_dtype(autocast), force=force, memory_limit=limits,
-        mesh=None if mesh is None else parse_sizes(mesh, "--mesh"), places=places, disk_path=disk_path, seed=seed, keep_model=False,
+        mesh=None if mesh is None else parse_sizes(mesh, "--mesh"), places=places, objective=objective, disk_path=disk_path,
+        seed=seed, keep_model=False,
     )  # fmt: skip
     try:
         with busy(f"planning {model} on {where.name}") if leads else contextlib.nullcontext():
@@ -280,7 +286,7 @@ def _report_run(model: str, cluster: str, plan: Any, measured: Any, losses: list
     from .cli_tables import bytes_text, pairs_table, seconds_text
     from .measured_run import exceeded
 
-    predicted = {name: plan.predicted[name] for name in ("step_time_s", "peak_bytes")}
+    predicted = {name: plan.predicted.get(name) for name in ("step_time_s", "peak_bytes", "joules", "price")}
     limits = dict(plan.limits)
     if as_json:
         print_json(

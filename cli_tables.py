@@ -115,13 +115,33 @@ def plan_summary(report: Mapping[str, Any]) -> Table:
         "patterns": cell("", report["patterns"]) or "none",
         "predicted step": seconds_text(predicted["step_time_s"]),
         "streams": cell("_s", predicted["streams"]),
+        "energy of a step": joules_text(predicted.get("joules")),
+        "price of a step": price_text(predicted.get("price")),
         "predicted peak": cell("bytes", predicted["peak_bytes"]),
-        "solver": f"{solver['status']}, {seconds_text(solver['objective_s'])}, bound {seconds_text(solver['lower_bound_s'])}, "
-        f"gap {solver['gap'] if solver['gap'] is None else format(solver['gap'], '.2%')}",
+        "minimised": report.get("objective", "time"),
+        "solver": solver_text(solver, report.get("objective", "time")),
         "planning time": cell("_s", report["planning_time_s"]),
         "replicated ops": cell("", report["replicated_ops"]) or "none",
     }
     return pairs_table("plan", {k: v for k, v in pairs.items() if v})
+
+
+def joules_text(joules: float | None) -> str:
+    """1234.5 as "1.23 kJ"; empty where it is not known."""
+    return "" if joules is None else f"{joules / 1e3:.3g} kJ" if joules >= 1e3 else f"{joules:.3g} J"
+
+
+def price_text(price: float | None) -> str:
+    """In the currency of the cluster file, which does not name it; empty where there is no price."""
+    return "" if price is None else f"{price:.3g} (in the currency of price_per_node_hour)"
+
+
+def solver_text(solver: Mapping[str, Any], objective: str) -> str:
+    """How the search ended. What it minimises for energy are seconds, those of computing with a weight, which mean nothing to a reader."""
+    gap = f"gap {solver['gap'] if solver['gap'] is None else format(solver['gap'], '.2%')}"
+    if objective == "energy":
+        return f"{solver['status']}, {gap}"
+    return f"{solver['status']}, {seconds_text(solver['objective_s'])}, bound {seconds_text(solver['lower_bound_s'])}, {gap}"
 
 
 _RESIDENCY = {
@@ -202,6 +222,8 @@ def cluster_row(c: Cluster) -> dict[str, Any]:
         "usable_bytes": c.device.usable_bytes,
         "bfloat16_flops_per_s": c.device.flops_per_s("bfloat16"),
         "memory_bandwidth_bytes_per_s": c.device.memory_bandwidth_bytes_per_s,
+        "power_w": c.device.power_w,
+        "price_per_node_hour": c.price_per_node_hour,
         "intra_node_bytes_per_s": c.intra_node.bandwidth_bytes_per_s,
         "inter_node_bytes_per_s": c.inter_node.bandwidth_bytes_per_s,
         "host_bytes": c.host.memory_bytes,

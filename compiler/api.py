@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..cost_model.cluster import Cluster
+from ..cost_model.energy import check
 from ..runtime.groups import join_job, on_first_rank
 from .analyse import Analysis, analyse
 from .capture import capture
@@ -43,6 +44,7 @@ def compile(
     force: str | None = None,
     memory_limit: Any = None,
     places: str = "auto",
+    objective: str = "time",
     disk_path: str | os.PathLike[str] | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -56,6 +58,7 @@ def compile(
     forward pass. mesh: devices per mesh axis (default: the planner chooses). force: an expert's recipe ("ddp", "zero3", "megatron",
     ...; see `compiler.force`). memory_limit: bytes per device, or per pool: "device=4GiB,host=32GiB,disk=100GiB" (see `compiler.limits`).
     places: a recipe of others for what lives where ("keep", "checkpoint", "offload-all", ...; see `compiler.place_recipes`).
+    objective: what is minimised, "time", "cost" (price) or "energy", from figures of the cluster (see `cost_model.energy`).
     disk_path: folder for what the plan puts on disk (default: the system's temporary one). plan: run this plan (or the one in this file)
     instead of making one.
     seed: of dropout. keep_model: the model's own tensors stay as they are until `to_model()`; with False the step takes them over,
@@ -66,10 +69,13 @@ def compile(
     loaded = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
     options = StepOptions(
         loss_fn=loss_fn, optimizer=optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast, mesh=mesh, force=force,
-        memory_limit=memory_limit, places=places, disk_path=disk_path, plan=loaded, seed=seed, device=device,
+        memory_limit=memory_limit, places=places, objective=objective, disk_path=disk_path, plan=loaded, seed=seed, device=device,
         cluster_given=cluster is not None, keep_model=keep_model,
     )  # fmt: skip
-    return TrainingStep(model, resolve_cluster(cluster), options, _make)
+    where = resolve_cluster(cluster)
+    if loaded is None:
+        check(objective, where)
+    return TrainingStep(model, where, options, _make)
 
 
 def plan(
@@ -85,13 +91,16 @@ def plan(
     force: str | None = None,
     memory_limit: Any = None,
     places: str = "auto",
+    objective: str = "time",
     time_limit_s: float = 60.0,
 ) -> Plan:
     """Plan without running: no GPU and no process group, and a model on the meta device is enough. Arguments as for `compile`."""
+    where = resolve_cluster(cluster)
+    check(objective, where)
     analysis, seconds = _analysed(model, batch, loss_fn, optimizer, clip_grad_norm, autocast)
     return plan_step(
-        analysis, resolve_cluster(cluster), mesh=mesh, force=force, memory_limit=memory_limit, places=places, time_limit_s=time_limit_s,
-        capture_s=seconds,
+        analysis, where, mesh=mesh, force=force, memory_limit=memory_limit, places=places, objective=objective,
+        time_limit_s=time_limit_s, capture_s=seconds,
     )  # fmt: skip
 
 
@@ -107,8 +116,8 @@ def _make(step: TrainingStep, batch: Any) -> None:
 
     def make() -> dict[str, Any]:
         made = plan_step(
-            analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, places=o.places, time_limit_s=o.time_limit_s,
-            capture_s=seconds,
+            analysis, step.cluster, mesh=o.mesh, force=o.force, memory_limit=o.memory_limit, places=o.places, objective=o.objective,
+            time_limit_s=o.time_limit_s, capture_s=seconds,
         )  # fmt: skip
         return made.to_dict()
 

@@ -2,7 +2,8 @@
 
 All answers are plans that were made: a limit counts as one that works only where the planner found a plan for it. The planner works within
 a gap and stops at the first plan that is as fast as its bound, so a plan made for little memory is now and then the faster one also where
-there is more: each point of the frontier takes the fastest plan of all that fit its limit, and says for which limit that was made.
+there is more: each point of the frontier takes the fastest plan of all that fit its limit (with another objective than time: the best by
+that), and says for which limit that was made.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cost_model.cluster import Cluster
+from ..cost_model.energy import PREDICTED
 from .analyse import Analysis
 from .limits import Limits
 from .plan import Plan
@@ -65,12 +67,13 @@ class Trials:
         self.plans.append(plan)
         return plan
 
-    def fastest(self, limits: Limits) -> Plan:
-        """The fastest of the plans found so far that stays within these limits. Raises ValueError where none does."""
+    def best(self, limits: Limits) -> Plan:
+        """The best plan found so far that stays within these limits, by the objective in `options`. Raises ValueError where none does."""
         fitting = [plan for plan in self.plans if fits(plan, limits)]
         if not fitting:
             raise ValueError(f"none of the {len(self.plans)} plans found so far stays within {limits}")
-        return min(fitting, key=lambda plan: plan.predicted["step_time_s"])
+        least = PREDICTED[self.options.get("objective", "time")]
+        return min(fitting, key=lambda plan: plan.predicted[least])
 
 
 def fits(plan: Plan, limits: Limits) -> bool:
@@ -119,7 +122,7 @@ def smallest(trials: Trials, *, share: float = SHARE, deadline: float = math.inf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A device limit and the fastest plan found for it. made_for_bytes: the limit that plan was made for, at most this one."""
+    """A device limit and the best plan found for it. made_for_bytes: the limit that plan was made for, at most this one."""
 
     limit_bytes: int
     made_for_bytes: int
@@ -131,7 +134,7 @@ class Point:
         return {
             "limit_bytes": self.limit_bytes,
             "made_for_bytes": self.made_for_bytes,
-            "step_time_s": predicted["step_time_s"],
+            **{name: predicted.get(name) for name in PREDICTED.values()},
             "peak_bytes": dict(predicted["peak_bytes"]),
             "mesh": list(self.plan.mesh),
             "residency": self.plan.residency,
@@ -140,7 +143,7 @@ class Point:
 
 
 def frontier(trials: Trials, num_points: int = 8) -> list[Point]:
-    """Points from the smallest device memory that works to what the plan without a limit takes, in equal ratios; step times never rise.
+    """Points from the smallest device memory that works to what the plan without a limit takes, in equal ratios; the objective never rises.
 
     Raises ValueError for fewer than two points, DoesNotFitError as `Trials.unlimited` does.
     """
@@ -161,6 +164,6 @@ def _geometric(first: int, last: int, count: int) -> Sequence[int]:
 
 
 def _point(trials: Trials, limit: int) -> Point:
-    plan = trials.fastest(trials.limits | {DEVICE: float(limit)})
+    plan = trials.best(trials.limits | {DEVICE: float(limit)})
     made_for = min(int(plan.limits[DEVICE]), limit)  # a plan made without a limit was as well made for the first one that it fits
     return Point(limit_bytes=limit, made_for_bytes=made_for, plan=plan)

@@ -89,7 +89,7 @@ class Decision:
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """See the module docstring. Times in seconds, sizes in bytes."""
+    """See the module docstring. Times in seconds, sizes in bytes. objective: what was minimised, see `cost_model.energy`."""
 
     model: dict[str, Any]
     cluster: dict[str, Any]
@@ -102,6 +102,7 @@ class Plan:
     replicated_ops: list[dict[str, Any]] = field(default_factory=list)
     modules: list[dict[str, Any]] = field(default_factory=list)
     force: str | None = None
+    objective: str = "time"
     early_updates: bool = False
     moves: list[tuple[str, str]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)

@@ -25,6 +25,8 @@ import numpy as np
 from torch import fx
 
 from ..cost_model.cluster import Cluster
+from ..cost_model.energy import busy_weight
+from ..cost_model.simulate import COMPUTE, Simulation
 from ..runtime.dry_run import dry_run
 from ..runtime.memory import MemoryReport
 from ..runtime.meta_ops import MetaOps
@@ -55,7 +57,7 @@ _WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger
 _UNLIMITED = {DEVICE: math.inf}
 _MAX_TRIES = 8
 _MAX_SCHEDULES = 3
-_WORTH_ANOTHER_LOOK = 0.02  # a simulated step this much above the sum of costs
+_WORTH_ANOTHER_LOOK = 0.02  # the objective of a simulated step this much above the sum of costs
 
 
 class DoesNotFitError(ValueError):
@@ -64,20 +66,23 @@ class DoesNotFitError(ValueError):
 
 def plan_step(
     analysis: Analysis, cluster: Cluster, *, mesh: tuple[int, ...] | None = None, force: str | None = None,
-    memory_limit: Any = None, places: str = AUTO, time_limit_s: float = 60.0, capture_s: float = 0.0,
+    memory_limit: Any = None, places: str = AUTO, objective: str = "time", time_limit_s: float = 60.0, capture_s: float = 0.0,
 ) -> Plan:  # fmt: skip
     """The cheapest plan over the mesh candidates that fits the memory.
 
-    memory_limit: see `limits.memory_limits`. places: see `place_recipes`. Raises DoesNotFitError, and ValueError for a mesh that is not
-    the cluster's size or a recipe that does not exist.
+    memory_limit: see `limits.memory_limits`. places: see `place_recipes`. objective: what is cheap, see `cost_model.energy`. Raises
+    DoesNotFitError, ClusterError where the cluster lacks a figure that the objective needs, and ValueError for a mesh that is not the
+    cluster's size or a recipe that does not exist.
     """
     started = time.perf_counter()
+    weight = busy_weight(objective, cluster)
     limits = memory_limits(memory_limit, cluster)
     check_recipe(places, [pool for pool in limits if pool != DEVICE])
     meshes = [_checked(mesh_of(mesh), cluster)] if mesh is not None else cluster.mesh_candidates()
-    search = _Search(analysis, cluster, force, limits, time_limit_s, places)
+    search = _Search(analysis, cluster, force, limits, time_limit_s, places, weight)
     best, outcome = search.run(meshes)
     plan = record(analysis, cluster, best, search.found, force, search.times, outcome)
+    plan.objective = objective
     plan.limits = limits
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
     plan.planning_time_s["capture"] = capture_s
@@ -86,7 +91,7 @@ def plan_step(
 
 @dataclass(slots=True)
 class _Mesh:
-    """A mesh on its way through the three forms. bound_s: no plan of it is faster."""
+    """A mesh on its way through the three forms. bound_s: no plan of it has a lower objective."""
 
     mesh: tuple[int, ...]
     graph: ChoiceGraph
@@ -97,7 +102,7 @@ class _Mesh:
 
 @dataclass(slots=True)
 class _Search:
-    """The search over meshes and forms."""
+    """The search over meshes and forms. busy_weight: what a second of computing counts beside one of the step, see `cost_model.energy`."""
 
     analysis: Analysis
     cluster: Cluster
@@ -105,6 +110,7 @@ class _Search:
     limits: Limits
     time_limit_s: float
     places: str = AUTO
+    busy_weight: float = 0.0
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "strategies", "pricing", "solve", "verify"), 0.0))
     found: list[Candidate] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -151,11 +157,11 @@ class _Search:
             return
         # Copies that the sum of costs takes for hidden may show at both ends of the step. The plan that takes none for hidden is the other
         # extreme, and the simulation decides.
-        if mesh.outcome.simulation.step_time_s > mesh.best.solution.objective * (1 + _WORTH_ANOTHER_LOOK):
+        if self._objective(mesh.outcome.simulation) > mesh.best.solution.objective * (1 + _WORTH_ANOTHER_LOOK):
             self._fit(mesh, True, copies_hidden=0.0)
 
     def _fit(self, mesh: _Mesh, places: bool, copies_hidden: float = COPIES_HIDDEN) -> None:
-        """Solve with limits until the program fits, too; the faster program, simulated, becomes the mesh's best.
+        """Solve with limits until the program fits, too; the cheaper program, simulated, becomes the mesh's best.
 
         The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered
         program does. Where it finds more than a limit, the problem is solved again with that much less.
@@ -172,7 +178,7 @@ class _Search:
             outcome = self._try(candidate)
             over = self._over(outcome.memory)
             if not over:
-                if mesh.outcome is None or outcome.simulation.step_time_s < mesh.outcome.simulation.step_time_s:
+                if mesh.outcome is None or self._objective(outcome.simulation) < self._objective(mesh.outcome.simulation):
                     mesh.best, mesh.outcome = candidate, outcome
                     self.found.append(candidate)
                 return
@@ -183,6 +189,10 @@ class _Search:
                 break
         if mesh.best is None and (places or self.places == NO_PLACES):
             self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {most.peak_bytes:,} bytes at {most.at}")
+
+    def _objective(self, simulation: Simulation) -> float:
+        """What the solver minimises, of a program that was simulated: seconds, those of computing counted again with their weight."""
+        return simulation.step_time_s + self.busy_weight * simulation.busy_s.get(COMPUTE, 0.0)
 
     def _over(self, memory: MemoryReport) -> dict[str, float]:
         """Bytes above the limit, per pool."""
@@ -215,7 +225,10 @@ class _Search:
         self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool, copies_hidden: float = COPIES_HIDDEN
     ) -> Candidate:  # fmt: skip
         t0 = time.perf_counter()
-        priced = Pricer(graph, self.cluster, limits, places=places, recipe=self.places, copies_hidden=copies_hidden).price()
+        pricer = Pricer(
+            graph, self.cluster, limits, places=places, recipe=self.places, copies_hidden=copies_hidden, busy_weight=self.busy_weight
+        )
+        priced = pricer.price()
         t1 = time.perf_counter()
         solution = _solution(priced.problem, self.time_limit_s, places=places)
         self.times["pricing"] += t1 - t0

@@ -8,7 +8,7 @@ again from when fetching must start; between, in the pool of its tier. Recompute
 time it, or something made from it in the same block, is asked for. Times are positions in the step graph; seconds are turned into
 positions by the running sum of the ops' seconds.
 
-Time. A copy is in the stream of its direction and costs what the step's computation cannot hide. Running an op again costs its seconds.
+Time. A copy is in the stream of its direction and costs what the step's computation cannot hide. Running an op again costs what it cost.
 Along a chain of recomputation every operand must be there: an edge forbids "recompute" beside a dropped operand, and beside an operand that
 an earlier block would have to make again.
 """
@@ -189,8 +189,9 @@ class PlacePricer:
         cost = np.zeros((len(choice.options), len(node.options)))
         streams = None
         if recomputed and choice is op:
-            cost += self._pricer.op_seconds[op.index][:, None] * _is(node.options, RECOMPUTE)[None, :]
-            streams = self._pricer.hidden_behind(cost)
+            again = _is(node.options, RECOMPUTE)[None, :]
+            cost += self._pricer.op_costs[op.index][:, None] * again
+            streams = self._pricer.hidden_behind(self._pricer.op_seconds[op.index][:, None] * again)
         if pieces is not None:
             fits = pieces[:, None] == np.array([c for c, _ in node.options])[None, :]
             cost = np.where(fits, cost, _FORBIDDEN)
@@ -267,7 +268,7 @@ class PlacePricer:
             fits = pieces[:, None] == ((np.array([c for c, _ in options]) >> shift) & ((1 << 20) - 1))[None, :]
             cost = np.where(fits, 0.0, _FORBIDDEN)
             if choice is update:
-                saved = self._pricer.op_seconds[update.index][:, None] * np.array([pl.update == HOST for _, pl in options])[None, :]
+                saved = self._pricer.op_costs[update.index][:, None] * np.array([pl.update == HOST for _, pl in options])[None, :]
                 cost = cost - saved
             if np.any(cost):
                 self._pricer.builder.add_edge(choice.index, node.index, cost)

@@ -3,6 +3,7 @@
 - An op costs its kernel's time on local sizes (`cost_model.work`, `cost_model.kernels`) plus the exchanges inside its local form.
 - A link costs the collectives of `reshard.steps`, latency and bandwidth per mesh axis. Gradient reduction and parameter gathers
   ("side" links) go into a stream of their own where the cluster can overlap: only what exceeds the computation that hides it counts.
+- Where energy is minimised, a second of computing counts 1 + `busy_weight` (`cost_model.energy`): waiting for a message is cheaper.
 - Memory, pool "device": stored parameters and optimizer state over the whole step; a tensor from the op that makes it to its last
   reader, through views of it; kept and read copies over their own intervals.
 """
@@ -130,15 +131,18 @@ class Pricer:
 
     def __init__(
         self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO,
-        copies_hidden: float = COPIES_HIDDEN,
+        copies_hidden: float = COPIES_HIDDEN, busy_weight: float = 0.0,
     ) -> None:  # fmt: skip
         """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for, as far
-        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies."""
+        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies. busy_weight: what
+        a second of computing counts beside its second of the step."""
         self.graph = graph
         self.cluster = cluster
         self.mesh = graph.mesh
         self.prices = CollectivePrices(cluster, graph.mesh)
         self.op_seconds: dict[int, np.ndarray] = {}
+        self.op_costs: dict[int, np.ndarray] = {}
+        self._busy_weight = busy_weight
         tiers = [tier for tier in TIERS if limits.get(tier)] if places else []
         overlap = cluster.overlap if math.prod(graph.mesh) > 1 else 0.0
         # What one second of computation hides, per stream.
@@ -173,18 +177,19 @@ class Pricer:
         costs = np.zeros(len(choice.options))
         streams = None
         if choice.kind == "op":
-            costs = self.op_costs(choice)
-            self.op_seconds[choice.index] = costs
-            costs = costs * count
+            kernel, exchange = self._op_prices(choice)
+            seconds = self.op_seconds[choice.index] = kernel + exchange
+            self.op_costs[choice.index] = seconds + self._busy_weight * kernel
+            costs = self.op_costs[choice.index] * count
             if choice.phase != "update":
-                streams = self.hidden_behind(costs, choice.phase)
+                streams = self.hidden_behind(seconds * count, choice.phase)
         for node in choice.members:
             if node in outputs or any(v in outputs for v in (result_values(node) if choice.kind == "op" else [])):
                 costs = costs + self._output_costs(choice, node, outputs)
         self.builder.add_node(costs, streams)
 
-    def op_costs(self, choice: Choice) -> np.ndarray:
-        """float64[options] seconds of one member: the kernel on local sizes plus what its local form exchanges."""
+    def _op_prices(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+        """float64[options] seconds of one member: of the kernel on local sizes, and of what its local form exchanges."""
         node = choice.members[0]
         operands = [a.meta["val"] for a in tensor_args(node)]
         made = results_of(node)
@@ -199,7 +204,7 @@ class Pricer:
         share = self._moved_bytes(options, operands, made)
         moved = share * (work.bytes / max(self._moved_bytes([_whole_of(options[0], len(self.mesh))], operands, made)[0], 1))
         seconds = np.asarray(kernel_seconds(flops, moved, work.op_class, self.cluster.device, dtype, work.min_dim), dtype=float)
-        return seconds + self._exchange(choice, options, operands, made)
+        return seconds, self._exchange(choice, options, operands, made)
 
     def _divisor(self, s: OpStrategy) -> int:
         return math.prod(n for c, n in zip(s.codes, self.mesh, strict=True) if c >= 0)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.simulate import Simulation
+from ..cost_model.energy import step_joules, step_price
+from ..cost_model.simulate import COMPUTE, Simulation
 from ..runtime.memory import MemoryReport
 from .analyse import Analysis
 from .choices import ChoiceGraph
@@ -85,7 +86,7 @@ def record(
     return Plan(
         model={"name": step.model_name, "fingerprint": fingerprint(step), "num_parameters": num_parameters(graph)},
         cluster={"name": cluster.name, "fingerprint": cluster.fingerprint(), "num_devices": cluster.num_devices},
-        mesh=best.mesh, decisions=decisions + place_decisions(assignment), predicted=_predicted(outcome),
+        mesh=best.mesh, decisions=decisions + place_decisions(assignment), predicted=_predicted(outcome, cluster),
         solver={
             "objective_s": float(solution.objective),
             "lower_bound_s": float(solution.lower_bound),
@@ -164,7 +165,8 @@ def _state_layouts(op: Any, assignment: Assignment) -> list[tuple[Any, Any]]:
     return list(zip(tensor_args(op)[2:], assignment.ops[op].operands[2:], strict=True))
 
 
-def _predicted(outcome: Outcome) -> dict[str, Any]:
+def _predicted(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
+    """joules, price: of one step of the whole cluster; None where its file lacks the figures."""
     memory, simulation = outcome.memory, outcome.simulation
     return {
         "step_time_s": simulation.step_time_s,
@@ -173,4 +175,6 @@ def _predicted(outcome: Outcome) -> dict[str, Any]:
         "peak_bytes": dict(memory.pools),
         "peak_at": memory.at,
         "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
+        "joules": step_joules(cluster, simulation.step_time_s, simulation.busy_s.get(COMPUTE, 0.0)),
+        "price": step_price(cluster, simulation.step_time_s),
     }

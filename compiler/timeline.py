@@ -37,10 +37,17 @@ from .plan import Plan
 from .rule_table import op_name
 from .step_graph import StepGraph
 
+Stage = Callable[[str], contextlib.AbstractContextManager[None]]
+"""What is entered, by the name of a stage, while that stage lasts: a stopwatch."""
+
 COLLECTIVES = "collectives"
 POOL = "device"
 # A function of the runtime that makes views (take_shard) takes as long as so many views: 16 us where one takes 4.
 _VIEWS_IN_A_FUNCTION = 4
+
+
+def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @dataclass(slots=True)
@@ -66,13 +73,21 @@ class Timeline:
 
 
 def timeline_of_plan(
-    plan: Plan, model: nn.Module, batch: Any, cluster: Cluster, *, optimizer: torch.optim.Optimizer | None = None, loss_fn: Any = None
-) -> Timeline:
-    """The timeline of a plan, the model captured and lowered anew. Raises PlanError where the plan is of another model or step."""
-    analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer))
-    plan.check(analysis.step)
-    name = type(optimizer).__name__ if optimizer is not None else ""
-    return timeline(lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer=name), cluster)
+    plan: Plan, model: nn.Module, batch: Any, cluster: Cluster, *, optimizer: torch.optim.Optimizer | None = None, loss_fn: Any = None,
+    stage: Stage = _untimed,
+) -> Timeline:  # fmt: skip
+    """The timeline of a plan, the model captured and lowered anew. Raises PlanError where the plan is of another model or step.
+
+    stage: entered around "capture", "lowering" and "prices"."""
+    with stage("capture"):
+        analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer))
+        plan.check(analysis.step)
+    with stage("lowering"):
+        name = type(optimizer).__name__ if optimizer is not None else ""
+        assignment = plan.assignment(analysis.step, analysis.factors)
+        program = lower(analysis.step, analysis.factors, assignment, device="meta", optimizer=name)
+    with stage("prices"):
+        return timeline(program, cluster, device="meta")
 
 
 class _AnyPrecision(Plan):

@@ -42,6 +42,7 @@ class StepOptions:
     force: str | None = None
     memory_limit: Any = None
     places: str = "auto"
+    objective: str = "time"
     disk_path: str | os.PathLike[str] | None = None
     plan: Plan | None = None
     seed: int = 0

@@ -394,7 +394,8 @@ def constants(cluster: Cluster) -> list[tuple[str, float, str]]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             rows.append((prefix, value, source_of(cluster, prefix)))
 
-    for name in ("device", "host", "intra_node", "inter_node", "device_to_host", "host_to_device", "disk", "overlap"):
+    links = ("intra_node", "inter_node", "device_to_host", "host_to_device")
+    for name in ("device", "host", *links, "disk", "overlap", "price_per_node_hour"):
         visit(name, getattr(cluster, name))
     return rows
 

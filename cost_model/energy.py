@@ -17,8 +17,12 @@ from .cluster import Cluster, ClusterError
 
 Objective = Literal["time", "cost", "energy"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+PREDICTED = {"time": "step_time_s", "cost": "price", "energy": "joules"}
+"""The entry of a plan's prediction that an objective minimises."""
 IDLE_SHARE = 0.3
 """Power of a waiting device as a share of `power_w` where the file has no `idle_power_w`; GPUs that hold a context draw 15 to 35 %."""
+
+_WAY_OUT = "write it into a cluster file (`opweave clusters NAME --json` prints one) and give that as the cluster"
 
 
 def check(objective: str, cluster: Cluster) -> None:
@@ -26,9 +30,9 @@ def check(objective: str, cluster: Cluster) -> None:
     if objective not in OBJECTIVES:
         raise ClusterError(f"unknown objective {objective!r}; known are {', '.join(OBJECTIVES)}")
     if objective == "energy" and cluster.device.power_w is None:
-        raise ClusterError(f'objective "energy" needs device.power_w (watts), which cluster {cluster.name!r} does not state')
+        raise ClusterError(f'objective "energy" needs device.power_w (watts), which cluster {cluster.name!r} does not state; {_WAY_OUT}')
     if objective == "cost" and cluster.price_per_node_hour is None:
-        raise ClusterError(f'objective "cost" needs price_per_node_hour, which cluster {cluster.name!r} does not state')
+        raise ClusterError(f'objective "cost" needs price_per_node_hour, which cluster {cluster.name!r} does not state; {_WAY_OUT}')
 
 
 def _idle_w(cluster: Cluster) -> float:

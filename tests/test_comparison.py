@@ -31,6 +31,9 @@ def test_simulate_prints_times_peaks_and_writes_a_trace(plan_file, tmp_path):
     assert report["classes"]["matmul"] > 0 and report["owners"]["device"] and report["joules"] > 0
     spans = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"]
     assert len(spans) == report["num_instructions"]
+    assert list(report["stages_s"]) == ["model", "capture", "lowering", "prices", "simulation"]
+    assert 0 < report["simulation_time_s"] == report["stages_s"]["simulation"] < report["stages_s"]["capture"]
+    assert report["step_time_s"] == pytest.approx(report["planned_step_time_s"], rel=1e-9)
     code, _, err = run("simulate", plan_file, "--cluster", "cpu:4")
     assert code == 2 and "the plan is for 1 devices, cluster 'cpu:4' has 4" in err
 

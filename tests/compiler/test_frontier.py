@@ -86,6 +86,6 @@ def test_a_real_step():
     assert times == sorted(times, reverse=True) and times[0] > times[-1]
     assert seen.at(0.97 * points[0].limit_bytes) is None, "1 % below the smallest nothing was found, 3 % below neither"
     assert points[0].plan.predicted["peak_bytes"]["disk"] > 0 == points[-1].plan.predicted["peak_bytes"]["disk"]
-    assert seen.fastest({"device": points[-1].limit_bytes}) is points[-1].plan
+    assert seen.best({"device": points[-1].limit_bytes}) is points[-1].plan
     with pytest.raises(ValueError, match="stays within"):
-        seen.fastest({"device": 1.0})
+        seen.best({"device": 1.0})
