@@ -64,7 +64,7 @@ def _rows(instructions: list[Instruction], kinds: Mapping[str, str], seconds: Ma
     totals: dict[str, list[float]] = {}
     for item in instructions:
         total = totals.setdefault(kinds.get(item.name, item.op_class), [0.0, 0.0, 0])
-        total[0] += item.seconds
+        total[0] += item.seconds * item.num_runs
         total[1] += seconds.get(item.name, 0.0)
         total[2] += item.seconds > 0
     rows = [

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from opweave import zoo
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture

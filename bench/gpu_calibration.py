@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from opweave.cost_model.cluster import Cluster
 
 from . import prediction, prediction_models

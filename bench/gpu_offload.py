@@ -33,13 +33,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import opweave as ow
 import torch
 import torch.distributed as dist
+from torch import nn
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.planner import DoesNotFitError
 from opweave.cost_model.cluster import Cluster
-from torch import nn
 
 SKIPPED = 77
 GOAL = 0.9

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from opweave import zoo
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import opweave as ow
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.planner import DoesNotFitError
 from opweave.compiler.training_step import TrainingStep

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import opweave as ow
 import torch
+
+import opweave as ow
 from opweave import zoo_modules
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import opweave as ow
 import torch
+
+import opweave as ow
 from opweave import zoo
 
 # model → (cluster, global batch, goal in seconds)

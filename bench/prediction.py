@@ -36,9 +36,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import opweave as ow
 import torch
 import torch.distributed as dist
+
+import opweave as ow
 from opweave import calibration
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import TrainingStep, plan_text

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opweave import zoo_modules
 from torch import nn
+
+from opweave import zoo_modules
 
 Batch = dict[str, torch.Tensor]
 Make = Callable[[], nn.Module]

@@ -32,9 +32,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import opweave as ow
 import torch
 import torch.distributed as dist
+
+import opweave as ow
 from opweave import calibration
 from opweave.compiler.training_step import TrainingStep, plan_text
 from opweave.cost_model.calibrate import Options

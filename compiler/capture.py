@@ -27,6 +27,7 @@ from .capture_errors import CaptureError, line_of_error, place
 from .capture_experts import experts_as_one_op
 from .capture_record import Origin, Recorder
 from .capture_tree import batch_constants, map_tensors, split_extras
+from .micro_batches import check_batch, micro_batch
 from .optimizer_ops import OptimizerSpec, add_update, read_optimizer
 from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
 from .views import redo_views
@@ -47,24 +48,28 @@ def capture(
     optimizer: torch.optim.Optimizer | None = None,
     clip_grad_norm: float | None = None,
     autocast: torch.dtype | None = None,
+    accumulate: int = 1,
 ) -> StepGraph:
     """The whole training step of `model` on a global `batch`.
 
     loss_fn(model, batch) returns the loss or (loss, extras...); without it, dict batches are keyword arguments, tuples are positional ones,
     and the loss is `output.loss`, `output["loss"]`, a scalar output, or the first of a tuple. With an optimizer the graph ends in new
     parameters and optimizer state, without one in gradients. clip_grad_norm is the max_norm of torch's `clip_grad_norm_`. autocast runs the
-    forward pass under `torch.autocast` in that type.
+    forward pass under `torch.autocast` in that type. accumulate: the number of micro-batches the batch is cut into; the graph is that of
+    one of them (see `micro_batches`).
 
-    Raises CaptureError for what cannot be captured, naming module, line and way out; ValueError for an unknown optimizer.
+    Raises CaptureError for what cannot be captured, naming module, line and way out; ValueError for an unknown optimizer and a batch that
+    cannot be cut into so many.
     """
     _check_model(model)
+    check_batch(batch, accumulate)
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast is {autocast!r}; give torch.bfloat16 or torch.float16 (or None for no autocast)")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm is {clip_grad_norm}; give the largest norm of the gradients, a number above 0")
     spec = read_optimizer(optimizer, model) if optimizer is not None else None
-    trace = _Trace(model, spec)
-    batch = trace.add_batch(batch)
+    trace = _Trace(model, spec, accumulate)
+    batch = trace.add_batch(micro_batch(batch, accumulate, 0))
     results = trace.run(batch, loss_fn or default_loss, autocast)
     return trace.finish(results, clip_grad_norm)
 
@@ -138,9 +143,10 @@ class _Results:
 class _Trace:
     """One capture under way: the recorder, the graph's inputs, and the fake tensors that stand for them."""
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerSpec | None) -> None:
+    def __init__(self, model: nn.Module, optimizer: OptimizerSpec | None, num_micro_batches: int = 1) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.num_micro_batches = num_micro_batches
         self.fake = FakeTensorMode()
         self.recorder = Recorder(self.fake, {id(m): name for name, m in model.named_modules()}, _names_of_tensors(model))
         self.inputs: list[GraphInput] = []
@@ -202,6 +208,8 @@ class _Trace:
             buffers = dict(model.named_buffers())
             self._check_params()
             self._check_loss(loss)
+            if self.num_micro_batches > 1:
+                loss = loss / self.num_micro_batches
             return _Results(loss=loss, extras=tuple(extras), buffers=buffers, grads=self._backward(loss))
 
         with self._recording(), self.recorder.modules_tracked(), experts_as_one_op(self.model), _plain_kernels(self.model):
@@ -260,18 +268,35 @@ class _Trace:
         """Add update and outputs, and make the `StepGraph`."""
         read = self.recorder.values.read
         extra_tensors, extra_spec = split_extras(results.extras)
-        outputs = [(GraphOutput(kind="loss"), read(results.loss))]
+        outputs = [(GraphOutput(kind="loss"), self._over_all_micro_batches(read(results.loss), ""))]
         outputs += [(GraphOutput(kind="extra", fqn=str(i)), read(t)) for i, t in enumerate(extra_tensors)]
         for fqn, before in self.buffers.items():
             after = results.buffers[fqn]
             if after is not before or self.recorder.values.written(before):
                 outputs.append((GraphOutput(kind="buffer", fqn=fqn), read(after)))
         grad_nodes = {fqn: read(grad) for fqn, grad in results.grads.items()}
+        grad_nodes = {fqn: self._over_all_micro_batches(node, fqn.rpartition(".")[0]) for fqn, node in grad_nodes.items()}
         if self.optimizer is None and clip is None:
             outputs += [(GraphOutput(kind="grad", fqn=fqn), node) for fqn, node in grad_nodes.items()]
         else:
             outputs += add_update(self, self.optimizer, grad_nodes, clip)
         return self._step_graph(outputs, extra_spec if results.extras else None)
+
+    def _over_all_micro_batches(self, node: fx.Node, path: str) -> fx.Node:
+        """A sum over the micro-batches, as soon as what it sums is there; the node itself where there is one. path: of its module."""
+        if self.num_micro_batches == 1:
+            return node
+        recorder = self.recorder
+        recorder.set_origin(Origin(path, "bwd", ""))
+        with recorder.graph.inserting_after(self._later_of(node)):
+            return recorder.emit(torch.ops.opweave.accumulate.default, (node, self.num_micro_batches), {}, node.meta["val"])
+
+    def _later_of(self, node: fx.Node) -> fx.Node:
+        """The node, or the last op of the forward pass where that comes later."""
+        if node.op == "call_function" and node.meta["origin"].phase != "fwd":
+            return node
+        ops = (n for n in reversed(self.recorder.graph.nodes) if n.op == "call_function")
+        return next(n for n in ops if n.meta["origin"].phase == "fwd")
 
     def _step_graph(self, outputs: list[tuple[GraphOutput, fx.Node]], extra_spec: Any) -> StepGraph:
         graph = self.recorder.graph
@@ -289,6 +314,7 @@ class _Trace:
             extra_spec=extra_spec,
             tied=_tied(self.model),
             batch_constants=self.batch_constants,
+            num_micro_batches=self.num_micro_batches,
         )
         step_graph.verify()
         return step_graph

@@ -23,6 +23,7 @@ from torch import fx
 from .blocks import input_key, op_keys
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import Layout, is_partial, replicated
+from .micro_batches import gradient_sums, is_sum, num_runs
 from .rule import tensor_args
 from .rule_table import UPDATE, op_name
 from .step_graph import GraphInput, StepGraph
@@ -51,7 +52,7 @@ class Link:
 
     source_layouts, target_layouts: per option of the two choices the layout there. value: a representative tensor.
     side: runs beside the computation (gradient reduction, parameter gather) rather than on the critical path. bucketed: lowering sends
-    many such tensors in one message.
+    many such tensors in one message. num_runs: how often a step comes by: once per micro-batch, or once.
     """
 
     source: Choice
@@ -62,6 +63,7 @@ class Link:
     count: int = 1
     side: bool = False
     bucketed: bool = False
+    num_runs: int = 1
 
 
 @dataclass(slots=True)
@@ -128,6 +130,8 @@ class ChoiceBuilder:
         self._readers = readers_by_value(step)
         placeholders = (n for n in step.graph.nodes if n.op == "placeholder")
         self._inputs: dict[fx.Node, GraphInput] = dict(zip(placeholders, step.inputs, strict=True))
+        self._sums = gradient_sums(step)
+        self._summed = set(self._sums.values())
 
     def build(self) -> ChoiceGraph:
         """All choices, then all links."""
@@ -184,6 +188,7 @@ class ChoiceBuilder:
                 param, grad = tensor_args(op)[:2]
                 self.out.updates[param] = op
                 self.out.gradients.add(grad)
+        self.out.gradients |= self._sums.keys() | self._summed
 
     def _values(self) -> list[fx.Node]:
         return [v for v in self._readers if self._inputs.get(v) is None or self._inputs[v].kind != "state"]
@@ -251,6 +256,8 @@ class ChoiceBuilder:
             r = self._restriction
             if r is not None:
                 out = [w for w in out if all(c < 0 or r.gradient(axis, c) for axis, c in enumerate(w))]
+            if values[0] in self._summed:  # the sum over the micro-batches may be exchanged instead
+                out += [w for w in made if is_partial(w) and w in wanted]
             return out
         whole = [w for w in (*made, *wanted) if not is_partial(w)]
         return unique([*whole, *(w for w in made if is_partial(w) and w in wanted)])
@@ -270,14 +277,15 @@ class ChoiceBuilder:
     # -- links ----------------------------------------------------------------------------------------------------------
 
     def _link(
-        self, source: Choice, target: Choice, a: list[Layout], b: list[Layout], value: fx.Node, *, side: bool, tag: tuple[Hashable, ...]
-    ) -> None:
+        self, source: Choice, target: Choice, a: list[Layout], b: list[Layout], value: fx.Node, *, side: bool, tag: tuple[Hashable, ...],
+        phase: Phase = "bwd", bucketed: bool = False,
+    ) -> None:  # fmt: skip
         key = (source.index, target.index, tag, side)
         found = self._links.get(key)
         if found is not None:
             found.count += 1
             return
-        link = Link(source, target, a, b, value, 1, side, bucketed=side and tag[0] in ("kept", "write"))
+        link = Link(source, target, a, b, value, 1, side, bucketed, num_runs(self.out.step, phase))
         self._links[key] = link
         self.out.links.append(link)
 
@@ -288,7 +296,10 @@ class ChoiceBuilder:
         side = value in self.out.gradients
         param = self._is_param(value)
         if kept is not None:
-            self._link(at, kept, layouts, kept.options, value, side=side, tag=("kept", index))
+            # Behind all micro-batches there is no backward pass left to hide an exchange.
+            behind = is_sum(value)
+            phase = "update" if behind else "bwd"
+            self._link(at, kept, layouts, kept.options, value, side=side and not behind, tag=("kept", index), phase=phase, bucketed=side)
             at, layouts = kept, kept.options
         for phase in ("fwd", "bwd"):
             read = self.out.reads.get((value, phase))
@@ -299,14 +310,16 @@ class ChoiceBuilder:
             read = self.out.reads.get((value, reading_phase(op)))
             start, have = (read, read.options) if read is not None else (at, layouts)
             wanted = [s.operands[i] for s in target.options]
-            self._link(start, target, have, wanted, value, side=op in self._update_ops, tag=("op", i, index, start.kind))
+            side = op in self._update_ops
+            self._link(start, target, have, wanted, value, side=side, tag=("op", i, index, start.kind), phase=reading_phase(op))
 
     def _write_back(self) -> None:
         """The updated parameter returns to the layout it is stored in."""
         for param, op in self.out.updates.items():
             update, stored = self.out.op_choice[op], self.out.input_choice[param]
             made = [s.results[0] for s in update.options]
-            self._link(update, stored, made, stored.options, result_values(op)[0] or param, side=True, tag=("write",))
+            value = result_values(op)[0] or param
+            self._link(update, stored, made, stored.options, value, side=True, tag=("write",), phase="update", bucketed=True)
 
 
 def build_choices(step: StepGraph, factors: FactorMap, mesh: tuple[int, ...], restriction: Restriction | None = None) -> ChoiceGraph:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..runtime import collectives
+from ..runtime import collectives, micro_batches
 from ..runtime import ops as runtime_ops
 from ..runtime.batch_norm import channel_moments
 from .rule import argument_names
@@ -32,6 +32,11 @@ Kwargs = dict[str, Any]
 def plain(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     """The op itself on local tensors."""
     return e.op(cut.node.target, *args, **kwargs)
+
+
+def accumulate(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
+    """Whether the first micro-batch's operand may become the sum is found when all that reads it is there (`lower_micro_batches`)."""
+    return e.op(micro_batches.accumulate, args[0], False)
 
 
 def _with(cut: Cut, args: Args, kwargs: Kwargs, **new: Any) -> tuple[Args, Kwargs]:

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..runtime import collectives, tiers
+from ..runtime import collectives, micro_batches, tiers
 from ..runtime.program import LocalProgram, Port
 from ..runtime.sharding import ShardSpec
 from . import local_ops
 from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import PARTIAL_NAME, Layout, replicated, spec_of
+from .lower_micro_batches import MicroBatchLowering, let_sums_take_over
 from .lower_updates import UpdateQueue
+from .micro_batches import gradient_sums, is_sum
 from .reshard import Step, steps
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
 from .rule import tensor_args
@@ -110,6 +112,7 @@ class Lowering:
         self._update_of: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._gradients: set[fx.Node] = set()
         self._infos: dict[fx.Node, GraphInput] = {}
+        self._micro_batches = MicroBatchLowering(self)
 
     def run(self) -> LocalProgram:
         """The whole program."""
@@ -122,6 +125,8 @@ class Lowering:
                 self._clipped |= grad.op == "call_function" and grad.meta["op"].phase == "update"
                 for s in (param, *state):
                     self._update_of[s] = (node, param)
+        sums = gradient_sums(self.step)
+        self._gradients |= sums.keys() | set(sums.values())
         if self.plan.early_updates:
             self.bucket_bytes = min(self.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
         inputs = tuple(self._input(node, info) for node, info in self._infos.items())
@@ -130,16 +135,23 @@ class Lowering:
         for node in self.step.ops:
             if is_getitem(node) or op_name(node) == UPDATE:
                 continue
-            self._op(node, node.meta["op"].phase)
+            if is_sum(node):
+                self._micro_batches.add(node)
+                continue
+            if node.meta["op"].phase == "update":
+                self._micro_batches.end()
+            self.emit(node)
             for unit in to_park.get(node, ()):
                 self._park(unit)
             updates.after(node)
+        self._micro_batches.end()
         outputs, ports = self._outputs(updates.finish())
         self.e.graph.output(tuple(outputs))
-        self.e.graph.eliminate_dead_code()
+        self.e.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is micro_batches.end)
+        let_sums_take_over(self.e.graph)
         return LocalProgram(
             mesh=self.mesh, graph=self.e.graph, inputs=inputs, outputs=tuple(ports), optimizer=self._optimizer,
-            num_recomputed=self._num_recomputed,
+            num_recomputed=self._num_recomputed * self.step.num_micro_batches, num_micro_batches=self.step.num_micro_batches,
         )  # fmt: skip
 
     def _parameter_bytes(self) -> int:
@@ -172,19 +184,25 @@ class Lowering:
         """What an input is."""
         return self._infos[placeholder]
 
+    def inputs(self, kind: str) -> list[fx.Node]:
+        """The placeholders of a kind."""
+        return [node for node, info in self._infos.items() if info.kind == kind]
+
     def stored_spec(self, stored: fx.Node) -> ShardSpec:
         """How an input is cut between steps."""
         return self.spec(stored, self._raw[stored, "fwd"][1])
 
-    def parked_input(self, stored: fx.Node) -> fx.Node:
-        """The local placeholder of an input that lives on another tier."""
+    def local_input(self, stored: fx.Node) -> fx.Node:
+        """The local placeholder of an input."""
         return self._raw[stored, "fwd"][0]
+
+    def output(self, value: fx.Node) -> fx.Node:
+        """A local value as it leaves the step, complete on every rank."""
+        return self.get(value, "output", self._whole)
 
     def loss(self) -> fx.Node:
         """The local loss, complete on every rank."""
-        out = next(n for n in self.step.graph.nodes if n.op == "output")
-        at = next(i for i, info in enumerate(self.step.outputs) if info.kind == "loss")
-        return self.get(out.args[0][at], "output", self._whole)  # type: ignore[index]
+        return self.output(self.step.output_values("loss")[0])
 
     def tier(self, stored: fx.Node) -> str:
         """Where an input lives between steps."""
@@ -203,7 +221,7 @@ class Lowering:
             if key in new_values:
                 node, spec = new_values[key]
             else:
-                node, spec = self.get(value, "output", self._whole), self.spec(value, self._whole)
+                node, spec = self.output(value), self.spec(value, self._whole)
             nodes.append(node)
             dtype = value.meta["val"].dtype
             tier = tiers_of.get(key, DEVICE)
@@ -232,8 +250,24 @@ class Lowering:
             layout = chosen.results[index]
             assert layout is not None, f"result {index} of {node.name} has no layout"
             self._raw[value, phase] = (piece, layout)
-            if value in self.plan.kept and self.plan.kept[value] != layout:
-                self._kept[value, phase] = self.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+            if not is_sum(node):  # which is not complete before all micro-batches are
+                self.keep(value, phase)
+
+    def emit(self, node: fx.Node) -> None:
+        """Emit an op for the readers of its own phase."""
+        self._op(node, node.meta["op"].phase)
+
+    def keep(self, value: fx.Node, phase: str) -> None:
+        """Start bringing a value that was just made into the layout in which it is kept."""
+        piece, layout = self._raw[value, phase]
+        if value in self.plan.kept and self.plan.kept[value] != layout:
+            self._kept[value, phase] = self.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+
+    def travels(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether a value is exchanged between ranks on its way to an op that reads it alone."""
+        phase = value.meta["op"].phase if value.op == "call_function" else "fwd"
+        have = self._raw[value, phase][1]
+        return (value, phase) in self._kept or self.plan.ops[reader].operands[0] != have
 
     def emit_op(self, node: fx.Node, bound: BoundOp, chosen: OpStrategy, local: dict[int, fx.Node]) -> Any:
         """One op on local operands (by operand index); the local result or a tuple of results."""
@@ -321,7 +355,7 @@ class Lowering:
         backward pass has fetched just before."""
         if self.tier(value) == DEVICE:
             return "fwd"
-        early = phase == "update" and self.plan.early_updates and not self._clipped
+        early = phase == "update" and self.plan.early_updates and not self._clipped and self.step.num_micro_batches == 1
         name = f"fetched for {'bwd' if early and (value, 'fetched for bwd') in self._raw else phase}"
         if (value, name) not in self._raw:
             local, layout = self._raw[value, "fwd"]

@@ -1,8 +1,8 @@
 """When the optimizer updates of a step are emitted, in which calls, and where what they change goes back to.
 
 Late: behind the backward pass, one fused call per parameter group. Early: each parameter as soon as its gradient is complete and nobody
-reads the old value any more, in calls of about a bucket, so that gradients need not all be there at once. What the gradient norm clips is
-complete only at the end, so clipping makes every update a late one.
+reads the old value any more, in calls of about a bucket, so that gradients need not all be there at once. What the gradient norm clips,
+or several micro-batches add up, is complete only at the end: every update is a late one then.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import fx
 from ..runtime import tiers, update
 from ..runtime.sharding import ShardSpec
 from .factors import is_getitem
+from .micro_batches import is_sum
 from .residency import DEVICE, HOST, ON_DEVICE, RECOMPUTE, StatePlace, Uses, unit_of
 from .rule import tensor_args
 from .rule_table import UPDATE, argument, op_name
@@ -143,8 +144,8 @@ class UpdateQueue:
         (kind, group, place), ops, fqns, sent = self._sent
         self._sent = None
         grads = [self._low.e.op(tiers.settle, grad) for grad in sent]
-        params = [self._low.parked_input(tensor_args(op)[0]) for op in ops]
-        states = [[self._low.parked_input(slot) for slot in tensor_args(op)[2:]] for op in ops]
+        params = [self._low.local_input(tensor_args(op)[0]) for op in ops]
+        states = [[self._low.local_input(slot) for slot in tensor_args(op)[2:]] for op in ops]
         started = self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
         self._on_cpu.append((ops, started, place))
 
@@ -165,12 +166,12 @@ class UpdateQueue:
             self._new[name] = (self._write_back(param, returned()), self._low.stored_spec(param))
 
     def _write_back(self, stored: fx.Node, local: fx.Node) -> fx.Node:
-        return self._low.e.op(tiers.settle, self._low.e.op(tiers.write_back, self._low.parked_input(stored), local))
+        return self._low.e.op(tiers.settle, self._low.e.op(tiers.write_back, self._low.local_input(stored), local))
 
 
 def due_after(uses: Uses, residency: dict[fx.Node, str]) -> dict[fx.Node, list[fx.Node]]:
     """Op → the updates that may run behind it: the gradient is complete, and the old parameter has been read for the last time, also by
-    ops that are run again. Updates that wait for the end (clipped gradients) are in no list."""
+    ops that are run again. Updates that wait for the end (gradients clipped, or summed over micro-batches) are in no list."""
     order, nodes = uses.order, list(uses.order)
     again = needed_again(uses, residency)
     last_read = {
@@ -179,7 +180,7 @@ def due_after(uses: Uses, residency: dict[fx.Node, str]) -> dict[fx.Node, list[f
     out: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for param, op in uses.parameters():
         maker = unit_of(tensor_args(op)[1])
-        if maker.op == "call_function" and maker.meta["op"].phase == "bwd":
+        if maker.op == "call_function" and maker.meta["op"].phase == "bwd" and not is_sum(maker):
             grad = tensor_args(op)[1]
             ready = max(order[grad.args[0] if is_getitem(grad) else grad], last_read.get(param, 0))  # type: ignore[index]
             out[nodes[ready]].append(op)

@@ -64,6 +64,7 @@ _SCHEMA: dict[str, Any] = {
         },
         "predicted": {"type": "object"},
         "solver": {"type": "object"},
+        "accumulate": {"type": "integer", "minimum": 1},
     },
 }
 
@@ -89,7 +90,8 @@ class Decision:
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """See the module docstring. Times in seconds, sizes in bytes. objective: what was minimised, see `cost_model.energy`."""
+    """See the module docstring. Times in seconds, sizes in bytes. objective: what was minimised, see `cost_model.energy`. accumulate: the
+    number of micro-batches of a step."""
 
     model: dict[str, Any]
     cluster: dict[str, Any]
@@ -103,6 +105,7 @@ class Plan:
     modules: list[dict[str, Any]] = field(default_factory=list)
     force: str | None = None
     objective: str = "time"
+    accumulate: int = 1
     early_updates: bool = False
     moves: list[tuple[str, str]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
@@ -165,7 +168,12 @@ class Plan:
         return cls.from_dict(data)
 
     def check(self, step: StepGraph, cluster: Any = None) -> None:
-        """Raise PlanError where the plan was made for another step (model, batch shapes, optimizer) or cluster."""
+        """Raise PlanError where the plan was made for another step (model, batch shapes, optimizer, micro-batches) or cluster."""
+        if step.num_micro_batches != self.accumulate:
+            raise PlanError(
+                f"the plan was made for accumulate={self.accumulate}, this step has accumulate={step.num_micro_batches}; use the plan's "
+                "number of micro-batches, or make a plan for this one"
+            )
         have = fingerprint(step)
         if have != self.model["fingerprint"]:
             raise PlanError(

@@ -76,6 +76,7 @@ class PlacePricer:
         self.uses = Uses(pricer.graph.step)
         self._order = self.uses.order
         self._end = len(self._order)
+        self._num_runs = pricer.num_runs("bwd")  # of what happens in forward and backward passes
         self.units = self._worth_deciding()
         self.params = dict(self._large_parameters())
         self.due = {op: self._order[node] for node, ops in due_after(self.uses, {}).items() for op in ops}
@@ -170,7 +171,7 @@ class PlacePricer:
         streams: dict[str, np.ndarray] = {}
         for tier in self._tiers:
             for way in ("out", "in"):
-                moved = np.where(_is(options, tier), self._copy_s(tier, way, local), 0.0)
+                moved = np.where(_is(options, tier), self._num_runs * self._copy_s(tier, way, local), 0.0)
                 streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], np.zeros(len(options))) + moved
         node = self._add(unit, options, streams)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
@@ -189,7 +190,7 @@ class PlacePricer:
         cost = np.zeros((len(choice.options), len(node.options)))
         streams = None
         if recomputed and choice is op:
-            again = _is(node.options, RECOMPUTE)[None, :]
+            again = self._num_runs * _is(node.options, RECOMPUTE)[None, :]
             cost += self._pricer.op_costs[op.index][:, None] * again
             streams = self._pricer.hidden_behind(self._pricer.op_seconds[op.index][:, None] * again)
         if pieces is not None:
@@ -277,7 +278,7 @@ class PlacePricer:
     def _state_streams(
         self, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray, early: bool
     ) -> dict[str, np.ndarray]:
-        """Seconds per stream and option: parameters come in for the forward and the backward pass, and once more for a late update."""
+        """Seconds per stream and option: parameters come in for every forward and backward pass, and once more for a late update."""
         streams: dict[str, np.ndarray] = {}
 
         def add(name: str, seconds: np.ndarray) -> None:
@@ -287,8 +288,9 @@ class PlacePricer:
             p_off = np.array([pl.param == tier for _, pl in options])
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
             on_cpu = np.array([pl.update == tier for _, pl in options])
-            fetches = 2 + (0 if early else 1)
-            add(STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (2 * on_cpu + fetches * ~on_cpu))
+            passes = 2 * self._num_runs
+            fetches = passes + (0 if early else 1)
+            add(STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (passes * on_cpu + fetches * ~on_cpu))
             add(STREAMS[tier, "in"], self._copy_s(tier, "in", s_bytes * s_off))
             add(STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off) + self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
             add(STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * on_cpu))  # the gradient

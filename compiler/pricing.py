@@ -4,6 +4,7 @@
 - A link costs the collectives of `reshard.steps`, latency and bandwidth per mesh axis. Gradient reduction and parameter gathers
   ("side" links) go into a stream of their own where the cluster can overlap: only what exceeds the computation that hides it counts.
 - Where energy is minimised, a second of computing counts 1 + `busy_weight` (`cost_model.energy`): waiting for a message is cheaper.
+- What runs once per micro-batch is priced as often (`micro_batches`); the sums over micro-batches are there all the time until then.
 - Memory, pool "device": stored parameters and optimizer state over the whole step; a tensor from the op that makes it to its last
   reader, through views of it; kept and read copies over their own intervals.
 """
@@ -26,6 +27,7 @@ from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
+from .micro_batches import first_behind, is_sum, num_runs
 from .place_recipes import AUTO
 from .price_places import CPU, PlaceNode, PlacePricer, streams_of
 from .problem import ProblemBuilder, SelectionProblem
@@ -122,7 +124,7 @@ class PricedProblem:
 
     problem: SelectionProblem
     graph: ChoiceGraph
-    op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member
+    op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member in a whole step
     places: list[PlaceNode] = field(default_factory=list)
 
 
@@ -153,6 +155,8 @@ class Pricer:
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
+        self._behind = first_behind(graph.step)
+        self._buffers = set(graph.step.output_values("buffer"))
         self._places = PlacePricer(self, tiers, recipe) if places else None
 
     def price(self) -> PricedProblem:
@@ -164,7 +168,12 @@ class Pricer:
             self._edge(link)
         self._memory()
         places = self._places.add() if self._places is not None else []
-        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=self.op_seconds, places=places)
+        seconds = {index: costs * self.num_runs(self.graph.choices[index].phase) for index, costs in self.op_seconds.items()}
+        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=seconds, places=places)
+
+    def num_runs(self, phase: str) -> int:
+        """How often the ops of a phase run in a step."""
+        return num_runs(self.graph.step, phase)
 
     def hidden_behind(self, seconds: np.ndarray, phase: str = "bwd") -> dict[str, np.ndarray] | None:
         """What computation of so many seconds takes off each stream. The CPU has gradients to work on in the backward pass only."""
@@ -180,6 +189,7 @@ class Pricer:
             kernel, exchange = self._op_prices(choice)
             seconds = self.op_seconds[choice.index] = kernel + exchange
             self.op_costs[choice.index] = seconds + self._busy_weight * kernel
+            count *= self.num_runs(choice.phase)
             costs = self.op_costs[choice.index] * count
             if choice.phase != "update":
                 streams = self.hidden_behind(seconds * count, choice.phase)
@@ -241,7 +251,8 @@ class Pricer:
         return out
 
     def _whole_outputs(self) -> dict[fx.Node, int]:
-        """Values that leave the step whole on every rank, with their global bytes: loss, extras, buffers, gradients asked for."""
+        """Values that leave the step whole on every rank, with their global bytes: loss, extras, buffers, gradients asked for. Of several
+        micro-batches each gives the buffers to the next."""
         out = next(n for n in self.graph.step.graph.nodes if n.op == "output")
         return {
             value: tensor_bytes(value.meta["val"])
@@ -258,7 +269,8 @@ class Pricer:
                 continue
             index = value.args[1] if is_getitem(value) else 0
             layouts = [s.results[index] for s in choice.options] if choice.kind == "op" else choice.options
-            total += self.prices.matrix(layouts, [whole], outputs[value])[:, 0]
+            times = self.num_runs("bwd") if value in self._buffers else 1
+            total += times * self.prices.matrix(layouts, [whole], outputs[value])[:, 0]
         return total
 
     def _edge(self, link: Link) -> None:
@@ -267,7 +279,7 @@ class Pricer:
             value = value[0]
         num_bytes = tensor_bytes(value)
         share = min(1.0, num_bytes / BUCKET_BYTES) if link.bucketed else 1.0
-        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, num_bytes, share) * link.count
+        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, num_bytes, share) * (link.count * link.num_runs)
         target = link.target
         if target.kind == "read":
             # An alias exists exactly where the kept tensor has that very layout.
@@ -346,17 +358,18 @@ class Pricer:
             return
         choice = self.graph.op_choice[node]
         at = self._order[node]
+        start, until = (0, self._behind) if is_sum(node) else (at, at + 1)
         for index, value in enumerate(result_values(node)):
             if value is None:
                 continue
             local = self._local(value, [s.results[index] for s in choice.options])
             kept = self.graph.kept.get(value)
             if kept is None:
-                add(choice, at, last_use[value], local)
+                add(choice, start, last_use[value], local)
             else:
-                add(choice, at, at + 1, local)
+                add(choice, start, until, local)
                 end = self._places.gradient_end.get(value, last_use[value]) if self._places is not None else last_use[value]
-                add(kept, at + 1, end, self._local(value, kept.options))
+                add(kept, until, end, self._local(value, kept.options))
 
     def _read_memory(self, value, phase, choice, add, last_use) -> None:  # type: ignore[no-untyped-def]
         users = [op for op, _ in self._readers[value] if op.meta["op"].phase == phase]

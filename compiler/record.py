@@ -98,8 +98,8 @@ def record(
         planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
         replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
         candidates=[{"mesh": list(c.mesh), "objective_s": float(c.solution.objective), "gap": float(c.solution.gap)} for c in found],
-        early_updates=assignment.early_updates, moves=best.moves, residency=residency_summary(analysis, assignment),
-        state=state_summary(analysis, assignment),
+        accumulate=step.num_micro_batches, early_updates=assignment.early_updates, moves=best.moves,
+        residency=residency_summary(analysis, assignment), state=state_summary(analysis, assignment),
     )  # fmt: skip
 
 

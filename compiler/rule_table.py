@@ -53,6 +53,11 @@ def wrap(dim: int, rank: int) -> int:
 
 # -- makers: rules that depend on the node -----------------------------------------------------------------------------
 
+UPDATE = "opweave::update.default"
+"""The op that updates one parameter and its optimizer state."""
+ACCUMULATE = "opweave::accumulate.default"
+"""The op that sums its operand over the micro-batches of a step."""
+
 # Pointwise ops that are linear in some tensor operands (indices into the tensor operands).
 _LINEAR_POINTWISE: dict[str, tuple[tuple[int, ...], ...]] = {
     "mul.Tensor": ((0,), (1,)), "mul.Scalar": ((0,),), "div.Tensor": ((0,),), "div.Scalar": ((0,),), "neg.default": ((0,),),
@@ -60,11 +65,8 @@ _LINEAR_POINTWISE: dict[str, tuple[tuple[int, ...], ...]] = {
     "silu_backward.default": ((0,),), "tanh_backward.default": ((0,),), "sigmoid_backward.default": ((0,),),
     "hardtanh_backward.default": ((0,),), "hardswish_backward.default": ((0,),), "leaky_relu_backward.default": ((0,),),
     "elu_backward.default": ((0,),), "softplus_backward.default": ((0,),), "hardsigmoid_backward.default": ((0,),),
+    ACCUMULATE: ((0,),),
 }  # fmt: skip
-
-
-UPDATE = "opweave::update.default"
-"""The op that updates one parameter and its optimizer state."""
 
 
 def op_name(node: fx.Node) -> str:
@@ -830,6 +832,7 @@ TABLE: dict[str, Row] = {
     "opweave::normal": Row(rule=generated(""), local=local_ops.random_numbers),
     "opweave::constant": Row(rule=generated("!")),
     "opweave::update": Row(rule=update),
+    "opweave::accumulate": Row(rule=pointwise, local=local_ops.accumulate),
     # views
     **{name: Row(rule=view, local=local_ops.view) for name in _VIEWS},
     "permute": Row(rule=permute),

@@ -23,7 +23,7 @@ from torch import fx
 
 from ..cost_model.cluster import Cluster
 from ..cost_model.simulate import COMPUTE, Instruction
-from ..runtime import collectives, tiers
+from ..runtime import collectives, micro_batches, tiers
 from ..runtime.program import LocalProgram
 from .lower import Moves
 from .timeline import COLLECTIVES, Timeline
@@ -45,10 +45,12 @@ class _Scheduler:
     place: dict[fx.Node, int] = field(default_factory=dict)
     moves: Moves = field(default_factory=list)
     fixed: list[bool] = field(default_factory=list)  # instructions that stay where they are: others move to before one of these
+    end: int = -1  # of what runs once per micro-batch: nothing moves from one side of it to the other
 
     def run(self, *, gathers: bool) -> Moves:
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.fixed = [node.target not in _WAITS and not self._is_start(node, gathers) for node in self.nodes]
+        self.end = next((i for i, node in enumerate(self.nodes) if node.target is micro_batches.end), -1)
         self._waits()
         self._starts(gathers)
         return self.moves
@@ -65,7 +67,8 @@ class _Scheduler:
             item = self.price[start]
             begin = max(self.clock[self.place[start]], free.get(item.stream, 0.0))
             done = free[item.stream] = begin + item.seconds
-            last = min((self.place[user] for user in node.users if user.op != "output"), default=len(self.nodes) - 1)
+            readers = [self.place[user] for user in node.users if user.op != "output"]
+            last = min([*readers, self.end if self.place[node] < self.end else len(self.nodes) - 1])
             target = min(bisect_left(self.clock, done), last)
             self._move_down(node, target, self.held.get(start.name, 0))
 
@@ -93,7 +96,8 @@ class _Scheduler:
             needed = min(self.clock[self.place[user]] for user in node.users)
             begin = min(needed, next_start.get(item.stream, needed)) - item.seconds
             next_start[item.stream] = begin
-            earliest = max((self.place.get(used, -1) for used in node.all_input_nodes), default=-1) + 1
+            behind = self.end if self.place[node] > self.end else -1
+            earliest = max([self.place.get(used, -1) for used in node.all_input_nodes] + [behind]) + 1
             target = max(bisect_right(self.clock, begin) - 1, earliest)
             self._move_up(node, target, sum(buffer.num_bytes for buffer in item.allocs))
         # What is needed first starts first, also where several move to one place.

@@ -77,11 +77,18 @@ class StepGraph:
     tied: dict[str, str] = field(default_factory=dict)
     # What is no tensor in the batch, by path: built into the graph, so other values need another graph.
     batch_constants: dict[str, Any] = field(default_factory=dict)
+    # How many micro-batches a step has; the graph is that of one of them (see `micro_batches`).
+    num_micro_batches: int = 1
 
     @property
     def ops(self) -> list[fx.Node]:
         """All `call_function` nodes in execution order."""
         return [n for n in self.graph.nodes if n.op == "call_function"]
+
+    def output_values(self, kind: OutputKind) -> list[fx.Node]:
+        """The values that leave the step as outputs of a kind."""
+        out = next(n for n in self.graph.nodes if n.op == "output")
+        return [value for value, info in zip(out.args[0], self.outputs, strict=True) if info.kind == kind]  # type: ignore[misc]
 
     def placeholder(self, name: str) -> fx.Node:
         """The placeholder node of an input by name."""

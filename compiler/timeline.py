@@ -24,7 +24,7 @@ from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
 from ..cost_model.work import op_class as work_class
-from ..runtime import collectives, update
+from ..runtime import collectives, micro_batches, update
 from ..runtime.meta_ops import MetaOps
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..runtime.reuse import gathers_in_place
@@ -80,7 +80,7 @@ def timeline_of_plan(
 
     stage: entered around "capture", "lowering" and "prices"."""
     with stage("capture"):
-        analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer))
+        analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer, accumulate=plan.accumulate))
         plan.check(analysis.step)
     with stage("lowering"):
         name = type(optimizer).__name__ if optimizer is not None else ""
@@ -99,7 +99,7 @@ class _AnyPrecision(Plan):
 
 def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None) -> Plan:
     """The plan for verification in float64. Raises PlanError where it was made for another model, batch or optimizer."""
-    plan.check(capture(model, batch, optimizer=optimizer))
+    plan.check(capture(model, batch, optimizer=optimizer, accumulate=plan.accumulate))
     return _AnyPrecision(**{item.name: getattr(plan, item.name) for item in fields(Plan)})
 
 
@@ -143,6 +143,10 @@ def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, 
         return _Started(*timeline_tiers.STARTS[target](*args))
     if target is collectives.wait or target in timeline_tiers.WAITS:
         return args[0].result
+    if target is micro_batches.accumulate:
+        return torch.empty_like(args[0])
+    if target is micro_batches.end:
+        return None
     if target is update.fused_update:
         params, _, states = args[:3]
         return [*params, *(slot for slots in states for slot in slots)]
@@ -225,13 +229,21 @@ class _Writer:
         self.links: dict[tuple[int, ...], Any] = {}
         self.held: dict[str, int] = {}
         self.last_compute: int | None = None
+        self.num_runs = program.num_micro_batches  # of the instructions that are written now
 
     def write(self) -> Timeline:
-        resident = []
+        resident = [
+            buffer
+            for node in self.program.graph.nodes
+            if node.target is micro_batches.accumulate  # there since the first micro-batch
+            for buffer in self._buffers(node, "summed gradients")
+        ]
         ports = {port.name: port for port in self.program.inputs}
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node.name in ports:
                 resident += self._buffers(node, ports[node.name].kind)
+            elif node.target is micro_batches.end:
+                self.num_runs = 1
             elif node.op == "call_function":
                 self._instruction(node)
         return Timeline(instructions=self.instructions, resident=resident, held_bytes=self.held)
@@ -277,7 +289,9 @@ class _Writer:
         if stream == COMPUTE:
             self.last_compute = len(self.instructions)
         self.instructions.append(
-            Instruction(node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class)
+            Instruction(
+                node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class, self.num_runs
+            )
         )
 
     def _dying(self, value: fx.Node, now: fx.Node) -> list[int]:

@@ -19,7 +19,7 @@ from ..cost_model.cluster import Cluster
 from ..runtime.execute import Executor
 from ..runtime.groups import AxisGroups
 from ..runtime.profile import Profile, Read, profile_steps, record
-from ..runtime.program import LocalProgram, shard_inputs
+from ..runtime.program import Inputs, LocalProgram, shard_inputs
 from ..runtime.state import ProgramState
 from ..runtime.tiers import TierOptions
 from ..torch_compat import mark_stepped
@@ -27,6 +27,7 @@ from .analyse import Analysis
 from .capture_tree import batch_constants, batch_tensors
 from .limits import memory_limits
 from .lower import lower
+from .micro_batches import check_batch, micro_batch
 from .plan import Plan, fingerprint
 
 
@@ -38,6 +39,7 @@ class StepOptions:
     optimizer: torch.optim.Optimizer | None = None
     clip_grad_norm: float | None = None
     autocast: torch.dtype | None = None
+    accumulate: int = 1
     mesh: tuple[int, ...] | None = None
     force: str | None = None
     memory_limit: Any = None
@@ -64,7 +66,8 @@ class TrainingStep:
     """One training step: `loss = step(batch)` runs forward, backward and update. Made by `opweave.compile`.
 
     `batch` is the global batch, the same on every rank. The first call captures, plans and lowers for its shapes; later batches must have
-    the same shapes and dtypes. `plan`, `analysis` and `program` are there from then on.
+    the same shapes and dtypes. `plan`, `analysis` and `program` are there from then on. With `accumulate=` the loss is the mean of the
+    micro-batches', and `extras`, what the loss function returns beside it, are those of the last one.
     """
 
     def __init__(self, model: nn.Module, cluster: Cluster, options: StepOptions, make: Callable[[TrainingStep, Any], None]) -> None:
@@ -100,7 +103,7 @@ class TrainingStep:
         )
         groups = AxisGroups(plan.mesh)
         o = self.options
-        shared = (o.mesh, o.force, o.memory_limit, o.clip_grad_norm, o.autocast, o.seed)
+        shared = (o.mesh, o.force, o.memory_limit, o.clip_grad_norm, o.autocast, o.accumulate, o.seed)
         groups.check_agreement({"plan": plan_text(plan), "step": fingerprint(analysis.step), "options": repr(shared)})
         limits = None if o.memory_limit is None else {p: int(n) for p, n in memory_limits(o.memory_limit, self.cluster).items()}
         tiers = TierOptions(disk_path=o.disk_path)
@@ -159,7 +162,7 @@ class TrainingStep:
             Path(path).write_text(json.dumps(made.to_dict()))
         return made
 
-    def _inputs(self, batch: Any) -> dict[str, Any]:
+    def _inputs(self, batch: Any) -> Inputs:
         assert self.analysis is not None
         return step_inputs(self.analysis, batch, self.options.seed, self.num_steps)
 
@@ -227,11 +230,30 @@ class TrainingStep:
         return self.executor.groups
 
 
-def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> dict[str, Any]:
-    """Global inputs of a step by port name: the batch's tensors and the seed of the step."""
+def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> Inputs:
+    """Global inputs of a step by port name: the batch's tensors and a seed, of every micro-batch where there are several."""
+    num = analysis.step.num_micro_batches
+    _check_batch(analysis, batch)
+    if num > 1:
+        check_batch(batch, num)
+    values = [_named_inputs(analysis, micro_batch(batch, num, i), (seed << 32) + num_steps * num + i) for i in range(num)]
+    return values if num > 1 else values[0]
+
+
+def _named_inputs(analysis: Analysis, batch: Any, seed: int) -> dict[str, Any]:
     names = {i.fqn: i.name for i in analysis.step.inputs if i.kind == "batch"}
+    out: dict[str, Any] = {names[path]: tensor for path, tensor in batch_tensors(batch).items()}
+    for info in analysis.step.inputs:
+        if info.kind == "seed":
+            out[info.name] = torch.tensor(seed, dtype=torch.int64)
+    return out
+
+
+def _check_batch(analysis: Analysis, batch: Any) -> None:
+    """Raises StepError where a batch is not like the one the step was compiled with."""
+    names = {i.fqn for i in analysis.step.inputs if i.kind == "batch"}
     given = batch_tensors(batch)
-    if set(given) != set(names):
+    if set(given) != names:
         raise StepError(
             f"the batch has tensors {sorted(given)}, the batch this step was compiled with had {sorted(names)}; "
             "give batches of one structure"
@@ -246,11 +268,6 @@ def step_inputs(analysis: Analysis, batch: Any, seed: int, num_steps: int) -> di
     for path, tensor in given.items():
         if tensor.device.type == "meta":
             raise StepError(f"the batch tensor {path!r} is on the meta device: it has no data to train on")
-    out: dict[str, Any] = {names[path]: tensor for path, tensor in given.items()}
-    for info in analysis.step.inputs:
-        if info.kind == "seed":
-            out[info.name] = torch.tensor((seed << 32) + num_steps, dtype=torch.int64)
-    return out
 
 
 def _equal(a: Any, b: Any) -> bool:

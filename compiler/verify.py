@@ -21,6 +21,7 @@ from .analyse import Analysis, analyse
 from .capture import capture, default_loss
 from .capture_tree import map_tensors
 from .lower import lower
+from .micro_batches import micro_batch, micro_batches_asked
 from .plan import Plan
 from .planner import mesh_of, plan_step, show_mesh
 from .training_step import step_inputs
@@ -67,12 +68,15 @@ def verify(
     cluster: Cluster | None = None,
     plan: Plan | None = None,
     memory_limit: Any = None,
+    accumulate: int | None = None,
     tolerance: float | None = None,
 ) -> VerifyReport:
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
 
     The model and optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared
-    with its own one-device program (random numbers are opweave's). Raises VerificationError where a difference exceeds `tolerance`.
+    with its own one-device program (random numbers are opweave's). accumulate: the number of micro-batches of a step (default: the plan's,
+    else 1); the plain model then runs the usual loop of backward passes before each update. Raises VerificationError where a difference
+    exceeds `tolerance`.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one step is needed to compare")
@@ -81,12 +85,15 @@ def verify(
         raise ValueError(
             f"the plan is for mesh {show_mesh(plan.mesh)}, ranks is {show_mesh(mesh)}; leave ranks out or give ranks={plan.mesh}"
         )
+    num_micro_batches = micro_batches_asked(accumulate, plan)
     optimizer_of = _optimizer_maker(model, optimizer)
     model = copy.deepcopy(model).to(dtype)
     batch = map_tensors(batch, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
     reference_optimizer = optimizer_of(model)
     with computing_in(dtype):
-        step = capture(model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm)
+        step = capture(
+            model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm, accumulate=num_micro_batches
+        )
     analysis = analyse(step)
     cluster = cluster or _pretend_cluster(math.prod(mesh))
     if plan is None:
@@ -99,7 +106,8 @@ def verify(
         expected_losses, expected, _ = _lockstep(analysis, single, model, reference_optimizer, batch, steps)
     else:
         with computing_in(dtype):
-            expected_losses, expected = _plain(model, reference_optimizer, batch, steps, loss_fn or default_loss, clip_grad_norm)
+            parts = [micro_batch(batch, num_micro_batches, i) for i in range(num_micro_batches)]
+            expected_losses, expected = _plain(model, reference_optimizer, parts, steps, loss_fn or default_loss, clip_grad_norm)
     report = VerifyReport(
         max_relative_difference={
             "loss": max(_relative(_scalar(a), _scalar(b)) for a, b in zip(losses, expected_losses, strict=True)),
@@ -215,20 +223,25 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _plain(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int, loss_fn: Callable[[nn.Module, Any], Any], clip: float | None
-) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[Any], steps: int, loss_fn: Callable[[nn.Module, Any], Any],
+    clip: float | None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    """Losses and values of the plain model. parts: the micro-batches of every step."""
     losses = []
     if hasattr(model, "set_experts_implementation") and dtype_of(model) == torch.float64:
         model.set_experts_implementation("eager")  # type: ignore[operator]  # transformers' default, grouped_mm, has no float64 kernel
     for _ in range(steps):
         optimizer.zero_grad()
-        result = loss_fn(model, batch)
-        loss = result[0] if isinstance(result, (tuple, list)) else result
-        loss.backward()
+        total = 0.0
+        for part in parts:
+            result = loss_fn(model, part)
+            loss = (result[0] if isinstance(result, (tuple, list)) else result) / len(parts)
+            loss.backward()
+            total += float(loss.detach())
         if clip is not None:
             torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(total)
     values = {name: p.detach() for name, p in model.named_parameters()} | {
         name: b.detach() for name, b in model.named_buffers() if b is not None
     }

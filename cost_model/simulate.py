@@ -6,6 +6,7 @@ The model, as CUDA streams and worker threads behave:
   waits for have ended, and the host has issued it; the host issues in list order and needs `launch_s` each.
 - Instructions that use a shared resource (a host link, a memory bus, a network card) at the same time slow each other down: where
   the demands on a resource add up to D > 1, everything that uses it runs at 1/D of its speed.
+- Micro-batches run one after the other, each when the one before has ended on every stream; one of them is simulated.
 - A buffer is allocated when the instruction that names it in `allocs` starts, and freed when the one that names it in `frees` ends.
 
 Without contention one pass in list order is exact; with it, an event loop runs. Both take well under 2 s for 100,000 instructions.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ class Buffer(NamedTuple):
 class Instruction(NamedTuple):
     """One thing a stream does. seconds: alone, without contention. waits: indices of earlier instructions.
 
-    uses: (resource, demand) pairs; demand 1 saturates the resource. frees: names of buffers.
+    uses: (resource, demand) pairs; demand 1 saturates the resource. frees: names of buffers. num_runs: how often it runs in a step: those
+    of a micro-batch, which stand before all others, as often as there are micro-batches.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Instruction(NamedTuple):
     frees: tuple[str, ...] = ()
     uses: tuple[tuple[str, float], ...] = ()
     op_class: str = ""
+    num_runs: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class Peak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """What a step is predicted to do. start_s, end_s: per instruction.
+    """What a step is predicted to do. start_s, end_s: per instruction, from the beginning of the last micro-batch on.
 
     busy_s: per stream. exposed_s: per stream other than compute, the time it is busy while compute is not. memory: per pool the points
     (time, bytes) at which its use changes.
@@ -92,13 +95,37 @@ def simulate(
     peaks, memory = _memory(instructions, tuple(resident), start, end)
     busy, exposed = _streams(instructions, start, end, compute)
     step = float(end.max()) if len(end) else 0.0
+    before = _micro_batches_before(instructions, launch_s, compute)
+    if before is not None:
+        step += before.step_time_s
+        busy = {stream: seconds + before.busy_s.get(stream, 0.0) for stream, seconds in busy.items()}
+        exposed = {stream: seconds + before.exposed_s.get(stream, 0.0) for stream, seconds in exposed.items()}
     return Simulation(step_time_s=step, start_s=start, end_s=end, busy_s=busy, exposed_s=exposed, peaks=peaks, memory=memory)
+
+
+def _micro_batches_before(instructions: Sequence[Instruction], launch_s: float, compute: str) -> Simulation | None:
+    """All micro-batches but the last; None where there is one batch. Their memory is that of the last one."""
+    num_runs = max((item.num_runs for item in instructions), default=1)
+    if num_runs == 1:
+        return None
+    repeated = [item._replace(num_runs=1, allocs=(), frees=()) for item in instructions if item.num_runs > 1]
+    one = simulate(repeated, launch_s=launch_s, compute=compute)
+    times = num_runs - 1
+    return replace(
+        one,
+        step_time_s=times * one.step_time_s,
+        busy_s={stream: times * seconds for stream, seconds in one.busy_s.items()},
+        exposed_s={stream: times * seconds for stream, seconds in one.exposed_s.items()},
+    )
 
 
 def _check(instructions: Sequence[Instruction], launch_s: float) -> None:
     if not (math.isfinite(launch_s) and launch_s >= 0):
         raise ValueError(f"launch_s is {launch_s!r}; it must be a finite number of seconds, 0 or more")
     for index, (name, _, seconds, waits, *_) in enumerate(instructions):
+        num_runs = instructions[index].num_runs
+        if num_runs != 1 and num_runs != instructions[0].num_runs:
+            raise ValueError(f"instruction {index} ({name}) runs {num_runs} times; it must be once, or as often as those before it")
         if not (seconds >= 0 and math.isfinite(seconds)):
             raise ValueError(f"instruction {index} ({name}) takes {seconds!r} s; it must be a finite number, 0 or more")
         for wait in waits:
@@ -298,5 +325,5 @@ def seconds_per_class(instructions: Sequence[Instruction], result: Simulation) -
     total: dict[str, float] = {}
     for item, seconds in zip(instructions, (result.end_s - result.start_s).tolist(), strict=True):
         key = item.op_class or item.stream
-        total[key] = total.get(key, 0.0) + seconds
+        total[key] = total.get(key, 0.0) + seconds * item.num_runs
     return total

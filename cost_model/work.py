@@ -110,6 +110,8 @@ def _bytes(op: _Op, ins: Shapes, outs: Shapes, in_size: int | Sequence[int], out
         return 2 * written
     if op is _FILL:
         return written
+    if op is _ACCUMULATE:  # the sum is read, too
+        return 2 * written + _moved(ins, in_size)
     return written + _moved(ins, in_size)
 
 
@@ -195,6 +197,7 @@ def _convolution_backward(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tup
 # --- the table -------------------------------------------------------------------------------------------------------------------
 
 _FILL = _Op("copy", None, 0.0)
+_ACCUMULATE = _Op("pointwise")
 _VIEW = _Op("view")
 
 
@@ -254,6 +257,7 @@ OPS: dict[str, _Op] = {
     **_rows(_Op("scatter", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
     "opweave::channel_moments": _Op("norm", None, 6.0),
     "opweave::update": _Op("update", None, 12.0),
+    "opweave::accumulate": _ACCUMULATE,
     **_rows(
         _Op("copy", None, 0.0),
         """clone copy _to_copy to contiguous cat stack repeat constant_pad_nd flip roll slice_backward select_backward slice_scatter

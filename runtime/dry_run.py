@@ -17,7 +17,7 @@ from .groups import group_ranks
 from .lockstep import collective_request
 from .memory import MemoryAccount, MemoryReport
 from .meta_ops import MetaOps
-from .program import LocalProgram
+from .program import STORED_KINDS, LocalProgram, Port
 from .program_text import write
 from .reuse import gathers_in_place
 from .sharding import unravel
@@ -50,17 +50,31 @@ def _shaped(collective: Any, x: torch.Tensor, n: int, dim: int | None, gather_di
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
+def _inputs(program: LocalProgram, store: TierStore) -> list[Any]:
+    """Values without data for the program's text, as `execute.gather_inputs` orders them. Behind the second micro-batch nothing is new."""
+    parts = program.num_micro_batches > 1
+    ports = [port for port in program.inputs if not parts or port.kind in STORED_KINDS]
+    values: list[Any] = [unravel(0, program.mesh)]
+    for port in ports:
+        value = _empty(port)
+        values.append(value if port.tier == "device" else store.park(value, port.tier))
+    if parts:
+        values.append([_empty(port) for port in program.inputs if port.kind not in STORED_KINDS] for _ in range(2))
+    return values
+
+
+def _empty(port: Port) -> torch.Tensor:
+    assert port.spec is not None, f"{port.name} has no layout"
+    return torch.empty(port.spec.local_shape(), dtype=port.dtype, device="meta")
+
+
 @torch.no_grad()
 def dry_run(program: LocalProgram, ops: MetaOps | None = None) -> MemoryReport:
     """Peak memory of one step of `program`, which must have been lowered for the device "meta". ops: what is known of ops already."""
     ops = ops or MetaOps()
     account = MemoryAccount(slot_names(program), stored_slots(program))
-    values: list[Any] = [unravel(0, program.mesh)]
     store = TierStore()
-    for port in program.inputs:
-        assert port.spec is not None, f"{port.name} has no layout"
-        value = torch.empty(port.spec.local_shape(), dtype=port.dtype, device="meta")
-        values.append(value if port.tier == "device" else store.park(value, port.tier))
+    values = _inputs(program, store)
     stored = list(values)  # alive all the time, as in a state: an address must not be given to another storage
     text = write(program.graph, lockstep=True, tracked=True, into=gathers_in_place(program))
     bindings = {update.fused_update: _update} | store.bindings(None)

@@ -9,7 +9,7 @@ the process keeps what it frees, for speed; with one it is left as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from . import collectives, tiers, update
 from .collectives import Communicator
 from .groups import AxisGroups
 from .memory import Limits, MemoryAccount, MemoryLimitError, MemoryReport, pool_limits
-from .program import STORED_KINDS, LocalProgram, Port
+from .program import STORED_KINDS, Inputs, LocalProgram, Port, each_micro_batch
 from .program_text import ProgramText, write
 from .resident import keep_unless_returned
 from .reuse import gathers_in_place
@@ -129,8 +129,8 @@ class Executor:
         return self._communicator.bindings() | updater.bindings() | self.store.bindings(updater)
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """One step. inputs: this rank's piece of every input that is not stored, by port name.
+    def run(self, inputs: Inputs) -> list[Any]:
+        """One step. inputs: this rank's piece of every input that is not stored, by port name; one mapping per micro-batch if several.
 
         Returns the outputs that are not stored, in the program's order; the stored ones are in `state` afterwards. Raises
         ValueError for a missing or wrong input, MemoryLimitError where the first step exceeds the limit.
@@ -174,24 +174,43 @@ def stored_slots(program: LocalProgram) -> set[int]:
     return {slot for slot, kind in zip(placeholders, kinds, strict=True) if kind in STORED_KINDS}
 
 
-def gather_inputs(program: LocalProgram, state: ProgramState, inputs: Mapping[str, Any], device: torch.device) -> list[Any]:
-    """The program's inputs in order, from the state and the caller. Raises ValueError naming what does not fit."""
+def gather_inputs(program: LocalProgram, state: ProgramState, inputs: Inputs, device: torch.device) -> list[Any]:
+    """What the program's text takes behind the coordinates: its inputs in order, from the state and the caller; where it runs several
+    micro-batches the stored ones, then what gives the others' for each. Raises ValueError naming what does not fit."""
+    batches = [_checked_inputs(program, given) for given in each_micro_batch(program, inputs)]
+    if program.num_micro_batches > 1:
+        stored = [state.tensors[port.key] for port in program.inputs if port.kind in STORED_KINDS]
+        return [*stored, _one_by_one(batches, device)]
+    values = batches[0]
+    return [state.tensors[port.key] if port.kind in STORED_KINDS else _moved(values[port.name], device) for port in program.inputs]
+
+
+def _one_by_one(batches: list[dict[str, Any]], device: torch.device) -> Iterator[list[Any]]:
+    """The inputs of one micro-batch after the other, copied when their turn comes: the whole batch need not be on the device."""
+    for values in batches:
+        yield [value.to(device, copy=True, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values.values()]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def _checked_inputs(program: LocalProgram, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of the inputs that are not stored, in the program's order."""
     given = dict(inputs)
-    out = []
+    out = {}
     for port in program.inputs:
         if port.kind in STORED_KINDS:
-            out.append(state.tensors[port.key])
-        elif port.name not in given:
+            continue
+        if port.name not in given:
             raise ValueError(f"the step needs the input {port.name!r} ({port.kind} {port.fqn}); given were {sorted(inputs)}")
-        else:
-            out.append(_checked_input(port, given.pop(port.name), device))
+        out[port.name] = _checked_input(port, given.pop(port.name))
     if given:
-        names = [port.name for port in program.inputs if port.kind not in STORED_KINDS]
-        raise ValueError(f"the step has no inputs {sorted(given)}; it takes {names}")
+        raise ValueError(f"the step has no inputs {sorted(given)}; it takes {list(out)}")
     return out
 
 
-def _checked_input(port: Port, value: Any, device: torch.device) -> Any:
+def _checked_input(port: Port, value: Any) -> Any:
     if port.spec is None:
         return value
     if not isinstance(value, torch.Tensor):
@@ -202,7 +221,7 @@ def _checked_input(port: Port, value: Any, device: torch.device) -> Any:
             f"made for {port.dtype} of shape {port.spec.local_shape()} (global {port.spec.shape}). Give batches of the shape and "
             "dtype the step was compiled with, or compile it again for this one."
         )
-    return value.to(device, non_blocking=True)
+    return value
 
 
 def store_outputs(program: LocalProgram, state: ProgramState, results: Sequence[Any]) -> list[Any]:

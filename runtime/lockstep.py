@@ -8,7 +8,7 @@ the real ones are tested against: combination in group order, on plain tensors.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from . import update
 from .execute import check_updates_last, gather_inputs, slot_names, store_outputs, stored_slots
 from .groups import group_ranks
 from .memory import MemoryAccount, MemoryReport
-from .program import LocalProgram, shard_inputs
+from .program import Inputs, LocalProgram, shard_inputs
 from .program_text import write
 from .sharding import unravel
 from .state import ProgramState
@@ -90,8 +90,8 @@ class LockstepExecutor:
             state.check(self.program)
         self._states = list(states)
 
-    def run(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """One step on global inputs; returns the outputs that are not stored as global values."""
+    def run(self, inputs: Inputs) -> list[Any]:
+        """One step on global inputs, one mapping per micro-batch if several; returns the outputs that are not stored as global values."""
         results = self.run_local([shard_inputs(self.program, inputs, coords) for coords in self.coords])
         ports = [port for port in self.program.outputs if port.key not in self.program.stored]
         return [
@@ -100,14 +100,14 @@ class LockstepExecutor:
         ]
 
     @torch.no_grad()
-    def run_local(self, inputs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    def run_local(self, inputs: Sequence[Inputs]) -> list[list[Any]]:
         """One step on each rank's own inputs; returns each rank's outputs that are not stored."""
         self.collectives = CollectiveCounts()
         ranks = [self._start(rank, inputs[rank]) for rank in range(self.size)]
         results = self._rounds(ranks)
         return [store_outputs(self.program, state, values) for state, values in zip(self.states, results, strict=True)]
 
-    def _start(self, rank: int, inputs: Mapping[str, Any]) -> Generator[Any, Any, Any]:
+    def _start(self, rank: int, inputs: Inputs) -> Generator[Any, Any, Any]:
         state = self.states[rank]
         values = [self.coords[rank], *gather_inputs(self.program, state, inputs, torch.device("cpu"))]
         updater = update.Updater(state.steps, self.optimizer, self.program.optimizer)

@@ -1,7 +1,8 @@
 """opweave's own ops: what a captured graph contains beside ATen.
 
 `opweave::attention` and `moe_mlp` are ops because their ATen form differs per device, `dropout_mask` because a random number here
-is a function of its *global* place, `constant` because a graph holds no tensors, `update` because the optimizer is an op too.
+is a function of its *global* place, `constant` because a graph holds no tensors, `update` because the optimizer is an op too,
+and `accumulate` because a graph shows one micro-batch: it is the sum of its operand over all of them.
 Importing this module defines them all, with a fake kernel each; kernels of attention and experts are in their own files.
 """
 
@@ -20,6 +21,7 @@ DROPOUT_MASK = "(Tensor seed, int op_id, float p, int[] shape) -> Tensor"
 UNIFORM = "(Tensor seed, int op_id, int[] shape, ScalarType dtype) -> Tensor"
 CONSTANT = "(int[] shape, Scalar[] values, ScalarType dtype, Device? device=None) -> Tensor"
 UPDATE = "(Tensor param, Tensor grad, Tensor[] state, str kind, int group) -> Tensor[]"
+ACCUMULATE = "(Tensor x, int num) -> Tensor"
 
 
 def _constant(shape: list[int], values: list, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
@@ -42,6 +44,17 @@ def _update_fake(param: torch.Tensor, grad: torch.Tensor, state: list[torch.Tens
     return [torch.empty_like(t) for t in (param, *state)]
 
 
+def _accumulate(x: torch.Tensor, num: int) -> torch.Tensor:
+    raise RuntimeError(
+        f"opweave::accumulate stands for a sum over {num} micro-batches in a captured graph and cannot be called; lowering replaces it by "
+        "runtime.micro_batches"
+    )
+
+
+def _accumulate_fake(x: torch.Tensor, num: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def _define() -> None:
     """Name, schema, kernel and fake kernel of each op, one row each."""
     rows = (
@@ -54,6 +67,7 @@ def _define() -> None:
         ("normal", UNIFORM, random.normal, random.random_fake),
         ("constant", CONSTANT, _constant, _constant_fake),
         ("update", UPDATE, _update, _update_fake),
+        ("accumulate", ACCUMULATE, _accumulate, _accumulate_fake),
     )
     for name, schema, kernel, fake in rows:
         torch.library.define(f"opweave::{name}", schema)

@@ -8,7 +8,7 @@ little longer than the step time, which is measured apart. On a GPU each reading
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from . import collectives
 from .execute import Executor, gather_inputs, store_outputs, write
+from .program import Inputs
 
 FORMAT = "opweave-profile"
 COMPUTE, COLLECTIVES = "compute", "collectives"
@@ -35,7 +36,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A recorded run. step_time_s: lower quintile of the steps, slowest rank. seconds: by instruction name, of this rank, likewise.
+    """A recorded run. step_time_s: lower quintile of the steps, slowest rank. seconds: by instruction name, of this rank, likewise, of all
+    micro-batches together.
 
     spans: of the last recorded step.
     """
@@ -71,7 +73,7 @@ def _events(spans: tuple[Span, ...], pid: int = 1) -> list[dict[str, Any]]:
     return events
 
 
-def record(executor: Executor, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Read]]:
+def record(executor: Executor, inputs: Inputs) -> tuple[list[Any], list[Read]]:
     """One step with a clock: (what `Executor.run` returns, (instruction, begin, end) in order)."""
     program = executor.program
     names = [node.name for node in program.graph.nodes]
@@ -112,7 +114,7 @@ def profile_steps(executor: Executor, step: Callable[[], Any], recorded: Callabl
         times.append(time.perf_counter() - begin)
     calls = {node.name for node in executor.program.graph.nodes if node.op == "call_function"}
     runs = [recorded() for _ in range(max(3, steps))]
-    taken = [{name: end - begin for name, begin, end in run if name in calls} for run in runs]
+    taken = [_seconds([read for read in run if read[0] in calls]) for run in runs]
     seconds = {name: _quintile([run[name] for run in taken]) for name in taken[0]}
     assert executor.memory is not None
     return Profile(
@@ -120,12 +122,21 @@ def profile_steps(executor: Executor, step: Callable[[], Any], recorded: Callabl
     )
 
 
+def _seconds(run: list[Read]) -> dict[str, float]:
+    """Of each instruction in a step, all its micro-batches together."""
+    out: dict[str, float] = {}
+    for name, begin, end in run:
+        out[name] = out.get(name, 0.0) + end - begin
+    return out
+
+
 def _spans(executor: Executor, run: list[Read]) -> tuple[Span, ...]:
     """Every call in the compute track, and every collective from its start to its wait in a track of its own."""
     nodes = {node.name: node for node in executor.program.graph.nodes if node.op == "call_function"}
-    begins = {name: begin for name, begin, _ in run}
+    begins: dict[str, float] = {}
     spans = []
     for name, begin, end in run:
+        begins[name] = begin
         if name not in nodes:
             continue
         node: Any = nodes[name]

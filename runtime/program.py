@@ -5,7 +5,7 @@ of this rank's mesh coordinates, used by the functions of `runtime.collectives` 
 ATen/opweave ops, Python functions of `runtime.collectives`, `runtime.tiers` and `runtime.update`, or `operator.getitem`.
 
 A collective starts where its node stands and yields a pending value; `collectives.wait` yields the tensor. Copies to and from other tiers
-of memory are pairs like that too (see `tiers`).
+of memory are pairs like that too (see `tiers`). A program may run a part of itself once per micro-batch (see `micro_batches`).
 
 The optimizer is not in the graph: `update.fused_update` is a name that the executor binds to the step counts of its `ProgramState` and the
 `param_groups` of the user's optimizer, as it binds the collectives to its process groups.
@@ -13,7 +13,7 @@ The optimizer is not in the graph: `update.fused_update` is a name that the exec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from .sharding import ShardSpec
 # Kinds of inputs and outputs that outlive the step: a `ProgramState` holds them.
 STORED_KINDS = ("param", "buffer", "state")
 Key = tuple[str, str, str]  # (kind, fqn, slot)
+# What is not stored, by port name: of the one batch, or of each micro-batch.
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,8 @@ class LocalProgram:
     optimizer: str = ""
     # Ops that run a second time in every step, to have their results again without keeping them.
     num_recomputed: int = 0
+    # How often the instructions before `micro_batches.end` run in a step; 1: there is no such call.
+    num_micro_batches: int = 1
 
     @property
     def stored(self) -> dict[Key, Port]:
@@ -72,8 +76,22 @@ class LocalProgram:
         return {port.key: port for port in self.inputs if port.kind in STORED_KINDS}
 
 
-def shard_inputs(program: LocalProgram, values: Mapping[str, Any], coords: tuple[int, ...]) -> dict[str, Any]:
+def each_micro_batch(program: LocalProgram, inputs: Inputs) -> list[Mapping[str, Any]]:
+    """The inputs of every micro-batch. Raises ValueError where they are not as many as the program runs."""
+    found = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if len(found) != program.num_micro_batches:
+        raise ValueError(f"inputs of {len(found)} micro-batches were given, the program runs {program.num_micro_batches} in a step")
+    return found
+
+
+def shard_inputs(program: LocalProgram, inputs: Inputs, coords: tuple[int, ...]) -> Inputs:
     """The pieces of the device at `coords` of global inputs, by port name. Raises ValueError on a wrong global shape."""
+    if isinstance(inputs, Mapping):
+        return _shard(program, inputs, coords)
+    return [_shard(program, values, coords) for values in inputs]
+
+
+def _shard(program: LocalProgram, values: Mapping[str, Any], coords: tuple[int, ...]) -> dict[str, Any]:
     specs = {port.name: port for port in program.inputs}
     out = dict(values)
     for name, value in values.items():

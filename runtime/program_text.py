@@ -1,7 +1,8 @@
 """The text of a program: a graph as one Python function, one line per instruction.
 
 Running it costs a function call per op and nothing else. A value is deleted right after its last use; `getitem`s stand directly behind what
-they take apart, so that a tuple does not keep its other parts alive. In a text for lockstep every collective is a `yield` (see `lockstep`),
+they take apart, so that a tuple does not keep its other parts alive. What runs once per micro-batch is a loop (see `micro_batches`), at
+whose end all that the next round makes anew is deleted. In a text for lockstep every collective is a `yield` (see `lockstep`),
 in a tracked one every instruction reports what it made and what died (see `memory`).
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from .. import torch_compat
-from . import collectives, tiers
+from . import collectives, micro_batches, tiers
 
 Overwrites = dict[fx.Node, dict[int, fx.Node]]  # as `reuse.gathers_in_place` returns
 _INLINE = (int, bool, type(None))  # constants written into the text as they are
@@ -77,24 +78,57 @@ class _Writer:
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.line_nodes: dict[int, fx.Node] = {}
+        self.indent = "    "
 
     def text(self) -> str:
         dying = _dying(self.order, self.into)
-        placeholders = [node for node in self.order if node.op == "placeholder"]
+        loop = _Loop.of(self.order, dying)
+        dying = loop.dying if loop is not None else dying
+        placeholders = [node for node in self.order if node.op == "placeholder" and (loop is None or node not in loop.brought)]
         self.lines.append("def step(inputs, track, drop):" if self.tracked else "def step(inputs):")
-        self._add("[" + ", ".join(map(self._name, placeholders)) + "] = inputs")
+        names = [*map(self._name, placeholders), *(["batches"] if loop is not None else [])]
+        self._add("[" + ", ".join(names) + "] = inputs")
         self._add("del inputs[:]")
         for node in placeholders:
             self._report(node)
             self._delete([node] if not node.users else [])
+        if loop is not None:
+            self._loop_begins(loop)
         for node in self.order:
-            if node.op == "call_function":
+            if loop is not None and node is loop.end:
+                self._loop_ends(loop)
+            elif node.op == "call_function":
                 self._instruction(node, dying.get(node, []))
             elif node.op == "output":
                 self._add(f"return {self._value(node.args[0])}")
         if self.lockstep:
             self._add("yield")  # a generator even where the program has no collective
         return "\n".join(self.lines) + "\n"
+
+    # -- what runs once per micro-batch -----------------------------------------------------------------------------------
+
+    def _loop_begins(self, loop: _Loop) -> None:
+        """Every round begins with its micro-batch, and without what the last one has left for those behind the loop."""
+        for total in loop.sums:
+            self._add(f"{self._name(total)} = None")
+        self._add("for [" + ", ".join(map(self._name, loop.brought)) + "] in batches:")
+        self.indent = "        "
+        if loop.made_anew:
+            self._add(" = ".join(map(self._name, loop.made_anew)) + " = None")
+            self._drop(loop.made_anew)
+        for node in loop.brought:
+            self._report(node)
+            self._delete([node] if not node.users else [])
+
+    def _loop_ends(self, loop: _Loop) -> None:
+        for old, new in zip(loop.old, loop.new, strict=True):
+            self._add(f"{self._name(old)} = {self._name(new)}")
+        if self.tracked:
+            self._add(f"track({self.slot[loop.end]}, {self._value(list(loop.new))})", loop.end)
+        self.indent = "    "
+        self._add("del batches")
+        self._delete(loop.kept_until_end)
+        self._drop([loop.end])
 
     def _instruction(self, node: fx.Node, dying: Sequence[fx.Node]) -> None:
         call = self._call(node)
@@ -111,6 +145,8 @@ class _Writer:
         if node.target is operator.getitem:
             return f"{self._value(node.args[0])}[{self._value(node.args[1])}]"
         args = [self._value(arg) for arg in node.args]
+        if node.target is micro_batches.accumulate:
+            args = [self._name(node), *args]
         kwargs = [f"{name}={self._value(value)}" for name, value in node.kwargs.items()]
         target = self._constant(node.target)
         if node in self.into:
@@ -153,7 +189,7 @@ class _Writer:
         return f"v{self.slot[node]}"
 
     def _add(self, line: str, node: fx.Node | None = None) -> None:
-        self.lines.append("    " + line)
+        self.lines.append(self.indent + line)
         if node is not None:
             self.line_nodes[len(self.lines)] = node
 
@@ -164,8 +200,44 @@ class _Writer:
     def _delete(self, nodes: Sequence[fx.Node]) -> None:
         if nodes:
             self._add("del " + ", ".join(map(self._name, nodes)))
-            if self.tracked:
-                self._add(f"drop(({''.join(f'{self.slot[node]}, ' for node in nodes)}))")
+            self._drop(nodes)
+
+    def _drop(self, nodes: Sequence[fx.Node]) -> None:
+        if self.tracked:
+            self._add(f"drop(({''.join(f'{self.slot[node]}, ' for node in nodes)}))")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The loop over micro-batches. brought: the inputs each round brings. sums: what is summed over all. old, new: inputs that the next
+    round finds replaced. made_anew: what outlives the last round, and is no sum. dying: as `_dying` says, but for kept_until_end,
+    which a round is the last to read and the next one reads again."""
+
+    end: fx.Node
+    brought: list[fx.Node]
+    sums: list[fx.Node]
+    old: list[fx.Node]
+    new: list[fx.Node]
+    made_anew: list[fx.Node]
+    dying: dict[fx.Node, list[fx.Node]]
+    kept_until_end: list[fx.Node]
+
+    @classmethod
+    def of(cls, order: Sequence[fx.Node], dying: dict[fx.Node, list[fx.Node]]) -> _Loop | None:
+        """The loop of a program in this order; None where there is one batch."""
+        end = next((node for node in order if node.target is micro_batches.end), None)
+        if end is None:
+            return None
+        names, old, new = end.args
+        inside = [node for node in order[: order.index(end)] if node.op == "call_function"]
+        brought = [node for node in order if node.op == "placeholder" and node.name in names]  # type: ignore[operator]
+        fleeting = {*inside, *brought}
+        last = {node for at in (*inside, end) for node in dying.get(at, ())}
+        sums = [node for node in inside if node.target is micro_batches.accumulate]
+        made_anew = [node for node in inside if node.users and node not in last and node not in sums]
+        deletable = {at: [node for node in nodes if node in fleeting] if at in fleeting else nodes for at, nodes in dying.items()}
+        kept = [node for node in last if node not in fleeting or node in dying.get(end, ())]
+        return cls(end, brought, sums, list(old), list(new), made_anew, deletable, kept)  # type: ignore[arg-type]
 
 
 def _hoisted(nodes: Sequence[fx.Node]) -> list[fx.Node]:

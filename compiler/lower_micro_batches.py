@@ -1,0 +1,107 @@
+"""The part of a program that runs once per micro-batch: when its sums are added to, and where it ends.
+
+A sum is added to as soon as its gradient is there. Where the gradient travels between ranks first, it is added once so much has gathered
+behind it that it has had the time, and at the latest at the end. There each buffer's new value goes to the next micro-batch, and the
+sums that are exchanged themselves set out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from .. import torch_compat
+from ..runtime import collectives, micro_batches
+from ..runtime.program import STORED_KINDS
+from .micro_batches import gradient_sums
+from .rule import tensor_args
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+aten = torch.ops.aten
+# What yields all of its operand's elements: in its memory, or in new memory.
+_WHOLE = (
+    aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default, aten.reshape.default,
+    aten.contiguous.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+
+
+class MicroBatchLowering:
+    """The sums of one lowering over micro-batches. With one batch nothing is to be done."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self._low = lowering
+        self._sums = gradient_sums(lowering.step)
+        self._waiting: deque[fx.Node] = deque()
+        self._waiting_bytes = 0.0
+        self.is_over = lowering.step.num_micro_batches == 1
+
+    def add(self, node: fx.Node) -> None:
+        """Emit an `opweave::accumulate`, now or when its operand has arrived."""
+        value = tensor_args(node)[0]
+        if not self._low.travels(value, node):
+            self._low.emit(node)
+            return
+        self._waiting.append(node)
+        self._waiting_bytes += self._num_bytes(node)
+        while self._waiting_bytes > 2 * self._low.bucket_bytes:
+            self._add_oldest()
+
+    def end(self) -> None:
+        """Nothing that is emitted from here on runs more than once."""
+        if self.is_over:
+            return
+        while self._waiting:
+            self._add_oldest()
+        low, step = self._low, self._low.step
+        brought = tuple(info.name for info in step.inputs if info.kind not in STORED_KINDS)
+        buffers = [info.fqn for info in step.outputs if info.kind == "buffer"]
+        new = dict(zip(buffers, map(low.output, step.output_values("buffer")), strict=True))
+        old = {low.info(node).fqn: node for node in low.inputs("buffer")}
+        low.e.op(micro_batches.end, brought, [low.local_input(old[fqn]) for fqn in new], list(new.values()))
+        self.is_over = True
+        for total in self._sums:
+            low.keep(total, "bwd")
+
+    def _add_oldest(self) -> None:
+        node = self._waiting.popleft()
+        self._waiting_bytes -= self._num_bytes(node)
+        self._low.emit(node)
+
+    def _num_bytes(self, node: fx.Node) -> float:
+        spec = self._low.spec(node, self._low.plan.ops[node].operands[0])
+        return math.prod(spec.local_shape()) * node.meta["val"].element_size()
+
+
+def let_sums_take_over(graph: fx.Graph) -> None:
+    """Let a sum begin in the memory of its first operand where nothing else refers to that; elsewhere it begins as a copy."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is micro_batches.accumulate:
+            node.update_arg(1, _is_for_one_user(node.args[0]))
+
+
+def _is_for_one_user(value: fx.Node) -> bool:
+    """Whether the memory of a value is there for its one user alone, and holds nothing else."""
+    while value.op == "call_function" and len(value.users) == 1:
+        source = value.args[0] if value.args else None
+        if value.target is collectives.wait:
+            return True
+        if value.target is operator.getitem and isinstance(source, fx.Node):
+            return source.target is collectives.wait or _makes_memory(source)
+        if value.target not in _WHOLE:
+            return _makes_memory(value)
+        assert isinstance(source, fx.Node), f"{value.name} is a view of {source!r}"
+        value = source
+    return False
+
+
+def _makes_memory(node: fx.Node) -> bool:
+    """Whether the results of a call are always new memory, each its own."""
+    target = node.target
+    return isinstance(target, torch_compat.OpOverload) and not (target.is_view or torch_compat.returns_alias(target) or target in _WHOLE)
