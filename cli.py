@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_base import (
+    AccumulateOption,
     AutocastOption,
     BatchOption,
     CheckFailed,
@@ -65,6 +66,7 @@ def plan(
     force: ForceOption = None,
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = None,
+    accumulate: AccumulateOption = 1,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
     objective: ObjectiveOption = "time",
@@ -85,7 +87,10 @@ def plan(
         from .compiler import api
 
         built, example = resolve_model(model, sizes)
-        given = {"optimizer": named_optimizer(optimizer, built), "autocast": autocast_dtype(autocast), "memory_limit": limits, **options}
+        given = {
+            "optimizer": named_optimizer(optimizer, built), "autocast": autocast_dtype(autocast), "accumulate": accumulate,
+            "memory_limit": limits, **options,
+        }  # fmt: skip
         with refusals_explained(built, where, example, given, doing if suggestions else None, as_json):
             made = smallest_plan(built, where, example, given, doing) if minimise else api.plan(built, where, example, **given)
     # What `verify PLAN` needs to build the model again; the planner itself never sees a name of the zoo.
@@ -99,7 +104,10 @@ def plan_report(made: Any, **names: str) -> dict[str, Any]:
     """What `plan` and `show` print with --json."""
     from .cli_tables import plain
 
-    keys = ("mesh", "objective", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency", "state")
+    keys = (
+        "mesh", "objective", "accumulate", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency",
+        "state",
+    )  # fmt: skip
     return {**names, **{key: plain(getattr(made, key)) for key in keys}}
 
 
@@ -192,6 +200,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
     force: ForceOption = None,
+    accumulate: Annotated[int | None, typer.Option("--accumulate", metavar="K", min=1, help="Micro-batches of a step.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative difference allowed; 1e-10 in float64, 1e-5 in float32.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,6 +216,8 @@ def verify(
         ranks = ranks or "x".join(map(str, made.mesh))
         if parse_sizes(ranks, "--ranks") != made.mesh:
             raise ValueError(f"the plan is for the mesh {'x'.join(map(str, made.mesh))}, --ranks is {ranks}; leave --ranks away")
+        if accumulate not in (None, made.accumulate):
+            raise ValueError(f"the plan is for {made.accumulate} micro-batches, --accumulate is {accumulate}; leave --accumulate away")
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
     mesh = parse_sizes(ranks, "--ranks")
@@ -222,8 +233,9 @@ def verify(
             made = in_any_precision(made, built, example, chosen)
         try:
             report = api.verify(
-                built, example, ranks=mesh, optimizer=chosen, steps=steps, dtype=kind, force=force, plan=made, tolerance=tolerance
-            )
+                built, example, ranks=mesh, optimizer=chosen, steps=steps, dtype=kind, force=force, plan=made, accumulate=accumulate,
+                tolerance=tolerance,
+            )  # fmt: skip
         except (VerificationError, ArithmeticError) as error:
             raise CheckFailed(str(error)) from error
     result = {key: plain(getattr(report, key)) for key in ("max_relative_difference", "collectives", "replicated_ops")}

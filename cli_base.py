@@ -50,6 +50,9 @@ ObjectiveOption = Annotated[
     str, typer.Option("--objective", help="What is minimised: time, cost or energy; the latter need a price or watts in the cluster file.")
 ]
 AutocastOption = Annotated[str | None, typer.Option("--autocast", help="Dtype of the forward pass: bf16 or fp16.")]
+AccumulateOption = Annotated[
+    int, typer.Option("--accumulate", metavar="K", min=1, help="Micro-batches of a step: their gradients are averaged before the update.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_base import (
+    AccumulateOption,
     AutocastOption,
     BatchOption,
     CheckFailed,
@@ -50,7 +51,7 @@ def _request(model: Any, cluster: Any, batch: Any, given: Mapping[str, Any]) -> 
 
     return Request(
         model=model, cluster=cluster, batch=batch, limits=memory_limits(given["memory_limit"], cluster), optimizer=given["optimizer"],
-        autocast=given["autocast"], options={name: given[name] for name in _STEP_OPTIONS},
+        autocast=given["autocast"], accumulate=given["accumulate"], options={name: given[name] for name in _STEP_OPTIONS},
     )  # fmt: skip
 
 
@@ -138,6 +139,7 @@ def frontier(
     force: ForceOption = None,
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = None,
+    accumulate: AccumulateOption = 1,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
     objective: ObjectiveOption = "time",
@@ -151,7 +153,8 @@ def frontier(
     where = Cluster.resolve(cluster)
     given = {
         "mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "places": places,
-        "objective": objective, "autocast": autocast_dtype(autocast), "memory_limit": limits_of(memory_limit, where),
+        "objective": objective, "autocast": autocast_dtype(autocast), "accumulate": accumulate,
+        "memory_limit": limits_of(memory_limit, where),
     }  # fmt: skip
     with busy(f"planning {model} on {where.name}") as doing:
         from .compiler.frontier import frontier as find
@@ -227,6 +230,7 @@ def run(
     force: ForceOption = None,
     optimizer: OptimizerOption = "adamw",
     autocast: AutocastOption = None,
+    accumulate: AccumulateOption = 1,
     memory_limit: LimitOption = None,
     places: PlacesOption = "auto",
     objective: ObjectiveOption = "time",
@@ -251,9 +255,9 @@ def run(
 
     built, example = materialised(model, batch_sizes(batch))
     step = api.compile(
-        built, where, optimizer=named_optimizer(optimizer, built), autocast=autocast_dtype(autocast), force=force, memory_limit=limits,
-        mesh=None if mesh is None else parse_sizes(mesh, "--mesh"), places=places, objective=objective, disk_path=disk_path,
-        seed=seed, keep_model=False,
+        built, where, optimizer=named_optimizer(optimizer, built), autocast=autocast_dtype(autocast), accumulate=accumulate, force=force,
+        memory_limit=limits, mesh=None if mesh is None else parse_sizes(mesh, "--mesh"), places=places, objective=objective,
+        disk_path=disk_path, seed=seed, keep_model=False,
     )  # fmt: skip
     try:
         with busy(f"planning {model} on {where.name}") if leads else contextlib.nullcontext():
@@ -290,8 +294,8 @@ def _report_run(model: str, cluster: str, plan: Any, measured: Any, losses: list
     limits = dict(plan.limits)
     if as_json:
         print_json(
-            {"model": model, "cluster": cluster, "mesh": list(plan.mesh), "limits": limits, "measured": measured.to_dict(),
-             "predicted": predicted, "residency": plan.residency, "state": plan.state, "losses": losses}
+            {"model": model, "cluster": cluster, "mesh": list(plan.mesh), "accumulate": plan.accumulate, "limits": limits,
+             "measured": measured.to_dict(), "predicted": predicted, "residency": plan.residency, "state": plan.state, "losses": losses}
         )  # fmt: skip
     else:
         facts = {"step": f"{seconds_text(predicted['step_time_s'])} / {seconds_text(measured.step_time_s)}"}

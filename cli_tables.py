@@ -112,6 +112,7 @@ def plan_summary(report: Mapping[str, Any]) -> Table:
         "model": report.get("model", ""),
         "cluster": report.get("cluster", ""),
         "mesh": mesh_text(report["mesh"]),
+        "micro-batches": report["accumulate"] if report["accumulate"] > 1 else "",
         "patterns": cell("", report["patterns"]) or "none",
         "predicted step": seconds_text(predicted["step_time_s"]),
         "streams": cell("_s", predicted["streams"]),

@@ -1,4 +1,4 @@
-"""What would make a step fit that does not: changes of limits, batch and precision, each tried by the planner.
+"""What would make a step fit that does not: changes of limits, precision, micro-batches and batch, each tried by the planner.
 
 `diagnose` says how little device memory the step can do with, when the leanest plan's peak is and what it consists of, and which changes
 make the step fit at which predicted time. Every answer is a plan that was made; what the time did not suffice for is listed as untried.
@@ -26,6 +26,7 @@ from .residency import DEVICE, DISK, HOST
 
 BUDGET_S = 60.0
 _DIVISORS = (2, 4)
+_MICRO_BATCHES = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Request:
     loss_fn: Callable[[nn.Module, Any], Any] | None = None
     clip_grad_norm: float | None = None
     autocast: torch.dtype | None = None
+    accumulate: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def analysis(self) -> Analysis:
@@ -47,7 +49,7 @@ class Request:
         return analyse(
             capture(
                 self.model, self.batch, loss_fn=self.loss_fn, optimizer=self.optimizer, clip_grad_norm=self.clip_grad_norm,
-                autocast=self.autocast,
+                autocast=self.autocast, accumulate=self.accumulate,
             )
         )  # fmt: skip
 
@@ -97,12 +99,12 @@ class _Change:
 def what_would_fit(
     model: nn.Module, cluster: Cluster, batch: Any, *, memory_limit: Any = None, budget_s: float = BUDGET_S,
     optimizer: torch.optim.Optimizer | None = None, loss_fn: Callable[[nn.Module, Any], Any] | None = None,
-    clip_grad_norm: float | None = None, autocast: torch.dtype | None = None, **options: Any,
+    clip_grad_norm: float | None = None, autocast: torch.dtype | None = None, accumulate: int = 1, **options: Any,
 ) -> Diagnosis:  # fmt: skip
     """`diagnose` with the arguments of `opweave.plan`. budget_s: seconds after which nothing new is tried."""
     request = Request(
         model=model, cluster=cluster, batch=batch, limits=memory_limits(memory_limit, cluster), optimizer=optimizer, loss_fn=loss_fn,
-        clip_grad_norm=clip_grad_norm, autocast=autocast, options=options,
+        clip_grad_norm=clip_grad_norm, autocast=autocast, accumulate=accumulate, options=options,
     )  # fmt: skip
     return diagnose(request, budget_s=budget_s)
 
@@ -144,8 +146,15 @@ def _changes(request: Request) -> Iterator[_Change]:
         text = "--autocast bf16: matrix products and activations in bfloat16"
         yield _Change(text=text, request=replace(request, autocast=torch.bfloat16), recapture=True)
     size = batch_size(request.batch)
+    if size is None:
+        return
+    for factor in _MICRO_BATCHES:
+        num = factor * request.accumulate
+        if size % num == 0:
+            text = f"--accumulate {num}: {num} micro-batches of {size // num} samples"
+            yield _Change(text=text, request=replace(request, accumulate=num), recapture=True)
     for divisor in _DIVISORS:
-        if size is not None and size > divisor and size % divisor == 0:
+        if size > divisor and size % (divisor * request.accumulate) == 0:
             smaller = replace(request, batch=first_part(request.batch, divisor))
             text = f"--batch: {size // divisor} samples a step instead of {size}"
             yield _Change(text=text, request=smaller, recapture=True, num_steps=divisor)

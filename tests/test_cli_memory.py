@@ -149,3 +149,20 @@ def test_models_of_the_zoo_get_weights():
     model, batch = materialised("convnet", (2, 16))
     assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"cpu"}
     assert all(t.device.type == "cpu" and t.shape[0] == 2 for t in batch.values())
+
+
+def test_micro_batches(tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, _ = run("plan", "mlp-tiny", "-c", "cpu:2", "--accumulate", 4, "-o", file, "--json")
+    assert code == 0 and json.loads(out)["accumulate"] == 4
+    assert json.loads(run("show", file, "--json")[1])["accumulate"] == 4 and "micro-batches" in run("show", file)[1]
+    code, out, _ = run("simulate", file, "--json")
+    assert code == 0 and json.loads(out)["step_time_s"] == pytest.approx(json.loads(out)["planned_step_time_s"])
+    assert run("verify", file, "--steps", 1, "--json")[0] == 0
+    code, _, err = run("verify", file, "--accumulate", 2)
+    assert code == 2 and "the plan is for 4 micro-batches, --accumulate is 2" in err
+    code, out, _ = run("run", "mlp-tiny", "-c", "cpu:1", "--accumulate", 2, "--steps", 2, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["accumulate"] == 2 and report["measured"]["peak_bytes"] == report["predicted"]["peak_bytes"]
+    code, _, err = run("plan", "mlp-tiny", "-c", "cpu:1", "--accumulate", 3)
+    assert code == 2 and "accumulate=3 does not cut the batch of 8 samples into equal parts" in err

@@ -26,6 +26,7 @@ from opweave.compiler.plan import Plan, PlanError
 from opweave.compiler.planner import plan_step
 from opweave.compiler.record import updatable
 from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses
+from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import step_inputs
 from opweave.cost_model.cluster import Cluster, Link
@@ -335,6 +336,10 @@ def test_a_model_fits_with_micro_batches_that_does_not_without():
     with pytest.raises(ValueError, match="does not fit"):
         ow.plan(model, ONE, batch, memory_limit=need // 2, **given)
     assert ow.plan(model, ONE, batch, memory_limit=need // 2, accumulate=4, **given).predicted["peak_bytes"]["device"] <= need // 2
+    found = what_would_fit(model, Cluster.resolve(ONE), batch, memory_limit=need // 2, **given)
+    tried = {s.change: s for s in found.suggestions if s.change.startswith("--accumulate")}
+    assert len(tried) == 3 and all(tried[f"--accumulate {k}: {k} micro-batches of {512 // k} samples"].fits for k in (4, 8))
+    assert all(s.same_work_s == s.step_time_s for s in tried.values() if s.fits), "the batch is the same"
 
 
 def test_the_dry_run_and_the_timeline_see_the_sums():

@@ -26,7 +26,7 @@ def test_every_suggestion_that_fits_is_a_plan():
     found = what_would_fit(model, CPU, batch, optimizer=optimizer, memory_limit=LIMIT)
     assert found.limits == {"device": LIMIT} and found.untried == []
     changes = {s.change.partition(":")[0].split()[0]: s for s in found.suggestions}
-    assert set(changes) == {"--memory-limit", "--autocast", "--batch"} and len(found.suggestions) == 5
+    assert set(changes) == {"--memory-limit", "--autocast", "--accumulate", "--batch"} and len(found.suggestions) == 8
     times = [s.same_work_s for s in found.suggestions if s.fits]
     assert times == sorted(times) and all(not s.fits for s in found.suggestions[len(times) :])
     larger = next(s for s in found.suggestions if "a larger device" in s.change)
@@ -48,7 +48,7 @@ def test_disk_is_suggested_where_it_helps():
 def test_no_time_is_said():
     model, batch, optimizer = mlp()
     found = what_would_fit(model, CPU, batch, optimizer=optimizer, memory_limit=LIMIT, budget_s=0.0)
-    assert len(found.untried) == 4 and len(found.suggestions) == 1, "a larger device is known without a search, coarsely"
+    assert len(found.untried) == 7 and len(found.suggestions) == 1, "a larger device is known without a search, coarsely"
     assert found.refused_bytes == 0
 
 
