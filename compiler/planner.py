@@ -91,10 +91,11 @@ def plan_step(
 
 @dataclass(slots=True)
 class _Mesh:
-    """A mesh on its way through the three forms. bound_s: no plan of it has a lower objective."""
+    """A mesh on its way through the three forms. loose: its plan without limits; bound_s: no plan of it has a lower objective."""
 
     mesh: tuple[int, ...]
     graph: ChoiceGraph
+    loose: Candidate
     bound_s: float
     best: Candidate | None = None
     outcome: Outcome | None = None
@@ -132,23 +133,22 @@ class _Search:
         return best.best, best.outcome
 
     def _loose(self, mesh: tuple[int, ...]) -> _Mesh:
-        """A mesh without limits: its bound, and its plan where that fits as it is."""
+        """A mesh without limits: its bound. Its program is made only if its turn comes."""
         started = time.perf_counter()
         recipe = restriction(self.force, self.analysis.step, self.analysis.factors, mesh) if self.force else None
         graph = build_choices(self.analysis.step, self.analysis.factors, mesh, recipe)
         self.times["strategies"] += time.perf_counter() - started
         candidate = self._solve(mesh, graph, _UNLIMITED, places=False)
         self.found.append(candidate)
-        out = _Mesh(mesh, graph, candidate.solution.lower_bound)
-        outcome = self._try(candidate)
-        if self.places in (AUTO, NO_PLACES) and not self._over(outcome.memory):
-            out.best, out.outcome = candidate, outcome
-        return out
+        return _Mesh(mesh, graph, candidate, candidate.solution.lower_bound)
 
     def _tighten(self, mesh: _Mesh) -> None:
-        """Find the best plan of a mesh that fits."""
-        if mesh.best is not None:
-            return
+        """Find the best plan of a mesh that fits: the loose one as it is, or one that was made for the limits."""
+        if self.places in (AUTO, NO_PLACES):
+            outcome = self._try(mesh.loose)
+            if not self._over(outcome.memory):
+                mesh.best, mesh.outcome = mesh.loose, outcome
+                return
         for places in {AUTO: (False, True), NO_PLACES: (False,)}.get(self.places, (True,)):
             self._fit(mesh, places)
             if not places and mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
