@@ -31,7 +31,7 @@ from ..runtime.dry_run import dry_run
 from ..runtime.memory import MemoryReport
 from ..runtime.meta_ops import MetaOps
 from .analyse import Analysis
-from .choices import ChoiceGraph, build_choices
+from .choices import ChoiceGraph, Restriction, build_choices
 from .force import restriction
 from .limits import Limits, memory_limits
 from .lower import lower, move
@@ -119,7 +119,7 @@ class _Search:
 
     def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, Outcome]:
         """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
-        loose = sorted((self._loose(mesh) for mesh in meshes), key=lambda m: m.bound_s)
+        loose = sorted(itertools.starmap(self._loose, self._recipes(meshes)), key=lambda m: m.bound_s)
         best: _Mesh | None = None
         for mesh in loose:
             if best is not None and best.best is not None and best.best.solution.objective <= mesh.bound_s * (1 + GAP):
@@ -132,10 +132,24 @@ class _Search:
         assert best.best is not None and best.outcome is not None, "a mesh was chosen without a plan"
         return best.best, best.outcome
 
-    def _loose(self, mesh: tuple[int, ...]) -> _Mesh:
+    def _recipes(self, meshes: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Restriction | None]]:
+        """The meshes that a forced plan has a meaning on, with what it leaves in. Raises the first one's ValueError where there is none."""
+        if self.force is None:
+            return [(mesh, None) for mesh in meshes]
+        out: list[tuple[tuple[int, ...], Restriction | None]] = []
+        refused: list[ValueError] = []
+        for mesh in meshes:
+            try:
+                out.append((mesh, restriction(self.force, self.analysis.step, self.analysis.factors, mesh)))
+            except ValueError as error:
+                refused.append(error)
+        if not out:
+            raise refused[0]
+        return out
+
+    def _loose(self, mesh: tuple[int, ...], recipe: Restriction | None) -> _Mesh:
         """A mesh without limits: its bound. Its program is made only if its turn comes."""
         started = time.perf_counter()
-        recipe = restriction(self.force, self.analysis.step, self.analysis.factors, mesh) if self.force else None
         graph = build_choices(self.analysis.step, self.analysis.factors, mesh, recipe)
         self.times["strategies"] += time.perf_counter() - started
         candidate = self._solve(mesh, graph, _UNLIMITED, places=False)

@@ -105,6 +105,13 @@ def test_replicate():
     assert f.split == [set()] and not splits(f.params) and not splits(f.states)
 
 
+def test_meshes_without_as_many_axes_are_left_out():
+    plan = plan_step(analysis(), Cluster.preset("dgx-a100-640", devices=4), force="zero3+megatron")
+    assert plan.mesh == (2, 2)
+    with pytest.raises(ValueError, match="has 3 parts"):
+        plan_step(analysis(), Cluster.preset("dgx-a100-640", devices=4), force="zero3+ddp+megatron")
+
+
 @pytest.mark.parametrize(
     ("name", "axes", "recipes"),
     [("ddp", 2, ("ddp", "ddp")), ("megatron", 2, ("ddp", "megatron")), ("megatron", 1, ("megatron",)), ("zero1+ddp", 2, ("zero1", "ddp"))],
