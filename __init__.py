@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .compiler.planner import DoesNotFitError
     from .compiler.rule import RuleError
     from .compiler.rule_table import pattern
+    from .compiler.suggestions import Diagnosis, what_would_fit
     from .compiler.training_step import NonFiniteLossError, StepError
     from .compiler.verify import VerificationError
     from .cost_model.cluster import Cluster, ClusterError
@@ -29,14 +30,16 @@ _HOME = {
     "DoesNotFitError": ".compiler.planner",
     "RuleError": ".compiler.rule",
     "pattern": ".compiler.rule_table",
+    **dict.fromkeys(("Diagnosis", "what_would_fit"), ".compiler.suggestions"),
     **dict.fromkeys(("NonFiniteLossError", "StepError"), ".compiler.training_step"),
     "VerificationError": ".compiler.verify",
     **dict.fromkeys(("Cluster", "ClusterError"), ".cost_model.cluster"),
 }
 
 __all__ = [
-    "CaptureError", "Cluster", "ClusterError", "DoesNotFitError", "NonFiniteLossError", "Plan", "PlanError", "RuleError", "StepError",
-    "TrainingStep", "VerificationError", "VerifyReport", "__version__", "compile", "pattern", "plan", "verify",
+    "CaptureError", "Cluster", "ClusterError", "Diagnosis", "DoesNotFitError", "NonFiniteLossError", "Plan", "PlanError", "RuleError",
+    "StepError", "TrainingStep", "VerificationError", "VerifyReport", "__version__", "compile", "pattern", "plan", "verify",
+    "what_would_fit",
 ]  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from .cost_model.measure_rows import Update
 from .host_memory import keep_freed_memory
 from .runtime import ops as _ops  # noqa: F401  defines the ops of our own that are measured
 from .runtime.batch_norm import channel_moments
-from .runtime.collectives import Communicator, wait
+from .runtime.collectives import wait
+from .runtime.communicator import Communicator
 from .runtime.groups import AxisGroups
 from .runtime.update import Updater
 

@@ -34,12 +34,14 @@ from .cli_base import (
     batch_sizes,
     busy,
     escaped,
+    is_plan_file,
     limits_of,
     load_plan,
     messages,
     named_dtype,
     named_optimizer,
     parse_sizes,
+    planned_sizes,
     print_json,
     reports_errors,
     resolve_model,
@@ -94,7 +96,7 @@ def plan(
         with refusals_explained(built, where, example, given, doing if suggestions else None, as_json):
             made = smallest_plan(built, where, example, given, doing) if minimise else api.plan(built, where, example, **given)
     # What `verify PLAN` needs to build the model again; the planner itself never sees a name of the zoo.
-    made.model.update(spec=model, batch=list(sizes or ()), optimizer=optimizer, **({"autocast": autocast} if autocast else {}))
+    made.model.update(spec=model, batch=list(sizes or ()), optimizer=optimizer)
     if output is not None:
         made.save(output)
     _show_plan(made, as_json, model=model, cluster=where.name)
@@ -106,7 +108,7 @@ def plan_report(made: Any, **names: str) -> dict[str, Any]:
 
     keys = (
         "mesh", "objective", "accumulate", "planning_time_s", "predicted", "solver", "patterns", "replicated_ops", "limits", "residency",
-        "state",
+        "state", "force", "places", "autocast",
     )  # fmt: skip
     return {**names, **{key: plain(getattr(made, key)) for key in keys}}
 
@@ -196,7 +198,7 @@ def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
     ranks: Annotated[str | None, typer.Option(metavar="2x4", help="Mesh of the ranks run in lockstep.")] = None,
     batch: BatchOption = None,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    dtype: Annotated[str | None, typer.Option(help="float64 (default), float32 (default under autocast) or bfloat16.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
     force: ForceOption = None,
@@ -207,12 +209,11 @@ def verify(
     """Run a plan on all its ranks in this process and compare loss and parameters with the unsplit model."""
     from .cli_tables import pairs_table, plain
 
-    sizes, kind, made = batch_sizes(batch), named_dtype(dtype), None
-    if model.endswith(".json") or Path(model).is_file():
+    sizes, made = batch_sizes(batch), None
+    if is_plan_file(model):
         made = load_plan(Path(model))
         model, optimizer, force = source_of(made, model), made.model.get("optimizer", optimizer), force or made.force
-        recorded = made.model.get("batch")
-        sizes = sizes or ((recorded[0], recorded[1]) if recorded else None)
+        sizes = sizes or planned_sizes(made)
         ranks = ranks or "x".join(map(str, made.mesh))
         if parse_sizes(ranks, "--ranks") != made.mesh:
             raise ValueError(f"the plan is for the mesh {'x'.join(map(str, made.mesh))}, --ranks is {ranks}; leave --ranks away")
@@ -221,6 +222,8 @@ def verify(
     if ranks is None:
         raise ValueError("--ranks is missing; give the mesh to check, for example --ranks 2x4")
     mesh = parse_sizes(ranks, "--ranks")
+    autocast = None if made is None else made.autocast
+    kind = named_dtype(dtype or ("float64" if autocast is None else "float32"))
     with busy(f"running {model} on {ranks} ranks in lockstep"):
         from .compiler import api
         from .compiler.verify import VerificationError
@@ -242,7 +245,8 @@ def verify(
     if as_json:
         print_json({"model": model, "ranks": list(mesh), **result})
     else:
-        title = f"{model} on {ranks} ranks, {steps} steps in {str(kind).removeprefix('torch.')}"
+        how = str(kind).removeprefix("torch.") if autocast is None else f"{autocast} autocast"
+        title = f"{model} on {ranks} ranks, {steps} steps in {how}"
         screen.print(pairs_table(title, {k: str(v) for k, v in result.items()}))
 
 
@@ -306,10 +310,9 @@ def simulate(
     with busy(f"simulating {spec} on {where.name}"):
         from .compiler.timeline import timeline_of_plan
 
-        recorded = made.model.get("batch")
         stages = Stages()
         with stages("model"):
-            built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+            built, example = resolve_model(spec, planned_sizes(made))
             optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
         line = timeline_of_plan(made, built, example, where, optimizer=optimizer, stage=stages)
         with stages("simulation"):
@@ -378,8 +381,7 @@ def compare(
     spec = source_of(made, str(plan_file))
     leads = calibration.join_job() == 0
     where = Cluster.resolve(cluster or made.cluster["name"])
-    recorded = made.model.get("batch")
-    built, example = resolve_model(spec, (recorded[0], recorded[1]) if recorded else None)
+    built, example = resolve_model(spec, planned_sizes(made))
     given = comparison.Profile.from_dict(json.loads(profile.read_text())) if profile is not None else None
     optimizer = named_optimizer(made.model.get("optimizer", "adamw"), built)
     report, found = comparison.compare(made, built, example, where, optimizer=optimizer, profile=given, steps=steps)

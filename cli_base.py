@@ -218,6 +218,17 @@ def limits_of(text: str | None, cluster: Any) -> dict[str, float]:
         raise ValueError(f"--memory-limit {text!r} is not a size that can be used: {error}") from None
 
 
+def is_plan_file(argument: str) -> bool:
+    """Whether an argument that may be a model or a plan is a plan."""
+    return argument.endswith(".json") or Path(argument).is_file()
+
+
+def planned_sizes(made: Any) -> tuple[int, int] | None:
+    """The batch sizes a plan was made for; None for the model's own."""
+    recorded = made.model.get("batch")
+    return (recorded[0], recorded[1]) if recorded else None
+
+
 def load_plan(path: Path) -> Any:
     from .compiler.plan import Plan
 
@@ -232,8 +243,6 @@ def source_of(made: Any, path: str) -> str:
             f"{path} does not say how to build its model {made.model['name']!r} (it was not made by `opweave plan`); "
             f"give the model instead: opweave verify MODEL --ranks {'x'.join(map(str, made.mesh))}"
         )
-    if made.model.get("autocast"):
-        raise ValueError(f"{path} was planned with --autocast {made.model['autocast']}, which only `opweave plan` and `opweave run` know")
     return str(spec)
 
 

@@ -29,15 +29,19 @@ from .cli_base import (
     autocast_dtype,
     batch_sizes,
     busy,
+    is_plan_file,
     limits_of,
+    load_plan,
     messages,
     named_optimizer,
     parse_sizes,
+    planned_sizes,
     print_error,
     print_json,
     reports_errors,
     resolve_model,
     screen,
+    source_of,
     steps_bar,
 )
 
@@ -222,7 +226,7 @@ def draw_frontier(figure: Any, rows: list[dict[str, Any]], title: str, path: Pat
 @app.command()
 @reports_errors
 def run(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL|PLAN", help="A zoo model, package.module:function, or a plan file.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps to train, on one batch.")] = 10,
     cluster: ClusterOption = "detect",
     batch: BatchOption = None,
@@ -239,25 +243,35 @@ def run(
     lean: Annotated[bool, typer.Option("--lean", help="On a CPU: give freed memory back to the system at once. Slower.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan a model here and train some steps (under torchrun, on all its ranks): times, bytes and losses, measured and predicted."""
+    """Plan a model here, or take a plan, and train some steps (under torchrun, on all ranks): times, bytes and losses, with predictions."""
     from . import calibration
     from .cost_model.cluster import Cluster
     from .runtime.resident import return_freed_memory
 
     leads = calibration.join_job() == 0
-    where = Cluster.resolve(cluster)
-    limits = None if memory_limit is None else limits_of(memory_limit, where)
+    given = {"mesh": None if mesh is None else parse_sizes(mesh, "--mesh"), "force": force, "autocast": autocast_dtype(autocast)}
+    sizes, made = batch_sizes(batch), None
+    if is_plan_file(model):
+        made = load_plan(Path(model))
+        chosen = {"places": (places, "auto"), "accumulate": (accumulate, 1), "objective": (objective, "time")}
+        options = {name: None if value == usual else value for name, (value, usual) in chosen.items()}
+        _refuse_beside_a_plan({**given, **options, "memory-limit": memory_limit, "batch": batch})
+        model, optimizer, sizes = source_of(made, model), made.model.get("optimizer", optimizer), planned_sizes(made)
+    where = Cluster.resolve(made.cluster["name"] if made is not None and cluster == "detect" else cluster)
+    limits: Any = None if memory_limit is None else limits_of(memory_limit, where)
+    if made is not None:
+        limits = made.limits
     if lean:
         return_freed_memory()
     from .compiler import api
     from .measured_run import run_steps
     from .runtime.memory import MemoryLimitError
 
-    built, example = materialised(model, batch_sizes(batch))
+    built, example = materialised(model, sizes)
     step = api.compile(
-        built, where, optimizer=named_optimizer(optimizer, built), autocast=autocast_dtype(autocast), accumulate=accumulate, force=force,
-        memory_limit=limits, mesh=None if mesh is None else parse_sizes(mesh, "--mesh"), places=places, objective=objective,
-        disk_path=disk_path, seed=seed, keep_model=False,
+        built, where, optimizer=named_optimizer(optimizer, built), memory_limit=limits, places=places, objective=objective,
+        disk_path=disk_path, seed=seed, keep_model=False, plan=made,
+        accumulate=None if made is not None else accumulate, **given,
     )  # fmt: skip
     try:
         with busy(f"planning {model} on {where.name}") if leads else contextlib.nullcontext():
@@ -268,6 +282,13 @@ def run(
         raise CheckFailed(str(error)) from error
     if leads:
         _report_run(model, where.name, step.plan, measured, losses, as_json)
+
+
+def _refuse_beside_a_plan(given: Mapping[str, Any]) -> None:
+    """Options that a plan has answered already."""
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if named:
+        raise ValueError(f"{', '.join(named)} cannot be given beside a plan file, which says it; leave it away, or give the model")
 
 
 def materialised(spec: str, sizes: tuple[int, int] | None) -> tuple[Any, Any]:

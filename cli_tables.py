@@ -114,6 +114,8 @@ def plan_summary(report: Mapping[str, Any]) -> Table:
         "mesh": mesh_text(report["mesh"]),
         "micro-batches": report["accumulate"] if report["accumulate"] > 1 else "",
         "patterns": cell("", report["patterns"]) or "none",
+        "forced": ", ".join(_forced(report)),
+        "autocast": report.get("autocast") or "",
         "predicted step": seconds_text(predicted["step_time_s"]),
         "streams": cell("_s", predicted["streams"]),
         "energy of a step": joules_text(predicted.get("joules")),
@@ -145,6 +147,11 @@ def solver_text(solver: Mapping[str, Any], objective: str) -> str:
     return f"{solver['status']}, {seconds_text(solver['objective_s'])}, bound {seconds_text(solver['lower_bound_s'])}, {gap}"
 
 
+def _forced(report: Mapping[str, Any]) -> list[str]:
+    """The recipes a plan was restricted to."""
+    return [name for name in (report.get("force"), report.get("places")) if name not in (None, "auto")]
+
+
 _RESIDENCY = {
     "keep": "kept on the device",
     "offload_host": "copied to the host's memory and back",
@@ -167,10 +174,17 @@ def memory_tables(report: Mapping[str, Any]) -> list[Table]:
     tables = {
         "memory per device": pools,
         f"largest at the device's peak ({predicted.get('peak_at', '')})": owners,
+        **_owners_elsewhere(predicted),
         "what becomes of the forward pass's results": results,
         "parameters and optimizer state": [state_row(text, row) for text, row in report.get("state", {}).items()],
     }
     return [rows_table(title, rows) for title, rows in tables.items() if rows]
+
+
+def _owners_elsewhere(predicted: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Title and rows of what is largest in each pool behind the device."""
+    owners, at = predicted.get("pool_owner", {}), predicted.get("pool_at", {})
+    return {f"largest at the {pool}'s peak ({at.get(pool, '')})": rows[:_NUM_OWNERS] for pool, rows in owners.items()}
 
 
 def _pool_row(pool: str, num_bytes: int, limit: float | None) -> dict[str, Any]:

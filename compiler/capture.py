@@ -71,7 +71,9 @@ def capture(
     trace = _Trace(model, spec, accumulate)
     batch = trace.add_batch(micro_batch(batch, accumulate, 0))
     results = trace.run(batch, loss_fn or default_loss, autocast)
-    return trace.finish(results, clip_grad_norm)
+    step = trace.finish(results, clip_grad_norm)
+    step.autocast = autocast
+    return step
 
 
 def default_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -59,6 +59,8 @@ class Assignment:
     early_updates: bool = False
     # Reordering of the instructions as lowered, by `schedule`.
     moves: Moves = field(default_factory=list)
+    # Gradients and new parameters are sent together up to this many bytes; what is packed takes memory a second time.
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass(slots=True)
@@ -92,13 +94,13 @@ class Lowering:
 
     def __init__(
         self, step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:  # fmt: skip
         self.step, self.factors, self.plan = step, factors, assignment
         self.mesh = assignment.mesh
         self.e = Emitter(self.mesh, device)
         self._optimizer = optimizer
-        self.bucket_bytes = bucket_bytes
+        self.bucket_bytes = assignment.bucket_bytes if bucket_bytes is None else bucket_bytes
         self._whole = replicated(len(self.mesh))
         self.uses = Uses(step)
         # By phase of the readers: what the backward pass fetches or makes again, it does not find where the forward pass did.
@@ -471,9 +473,10 @@ class Lowering:
 
 def lower(
     step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> LocalProgram:  # fmt: skip
-    """The local program of every rank (see the module docstring). Raises ValueError where a move names no instruction of it."""
+    """The local program of every rank (see the module docstring). bucket_bytes: in place of the assignment's. Raises ValueError where a
+    move names no instruction of it."""
     program = Lowering(step, factors, assignment, device=device, optimizer=optimizer, bucket_bytes=bucket_bytes).run()
     move(program.graph, assignment.moves)
     return program

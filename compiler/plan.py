@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import torch
 from torch import fx
 
 from .choices import ChoiceGraph
 from .factors import FactorMap, is_getitem
 from .layout import fits
-from .lower import Assignment
+from .lower import BUCKET_BYTES, Assignment
+from .place_recipes import AUTO
 from .residency import DISK, HOST, RECOMPUTE, StatePlace
 from .rule_table import op_name
 from .step_graph import StepGraph
@@ -62,6 +64,9 @@ _SCHEMA: dict[str, Any] = {
                 "additionalProperties": False,
             },
         },
+        "bucket_bytes": {"type": "integer", "minimum": 0},
+        "places": {"type": "string"},
+        "autocast": {"enum": [None, "bfloat16", "float16"]},
         "predicted": {"type": "object"},
         "solver": {"type": "object"},
         "accumulate": {"type": "integer", "minimum": 1},
@@ -90,8 +95,9 @@ class Decision:
 
 @dataclass(slots=True, kw_only=True)
 class Plan:
-    """See the module docstring. Times in seconds, sizes in bytes. objective: what was minimised, see `cost_model.energy`. accumulate: the
-    number of micro-batches of a step."""
+    """See the module docstring. Times in seconds, sizes in bytes. force, places: the recipes it was restricted to; None, "auto": to none.
+    objective: what was minimised, see `cost_model.energy`. autocast: dtype of the forward pass ("bfloat16"); None: that of the model.
+    accumulate: the number of micro-batches of a step."""
 
     model: dict[str, Any]
     cluster: dict[str, Any]
@@ -106,12 +112,20 @@ class Plan:
     force: str | None = None
     objective: str = "time"
     accumulate: int = 1
+    places: str = AUTO
+    autocast: str | None = None
     early_updates: bool = False
+    bucket_bytes: int = BUCKET_BYTES
     moves: list[tuple[str, str]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
     residency: dict[str, dict[str, int]] = field(default_factory=dict)
     state: dict[str, dict[str, int]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What to capture the step with."""
+        return None if self.autocast is None else getattr(torch, self.autocast)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -189,7 +203,8 @@ class Plan:
     def assignment(self, step: StepGraph, factors: FactorMap) -> Assignment:
         """The decisions on the nodes of a step. Raises PlanError where they do not fit it."""
         nodes = {n.name: n for n in step.graph.nodes}
-        out = Assignment(mesh=self.mesh, early_updates=self.early_updates, moves=[(name, before) for name, before in self.moves])
+        moves = [(name, before) for name, before in self.moves]
+        out = Assignment(mesh=self.mesh, early_updates=self.early_updates, moves=moves, bucket_bytes=self.bucket_bytes)
         for d in self.decisions:
             if d.kind not in PLACES and len(d.codes) != len(self.mesh):
                 raise PlanError(
@@ -246,6 +261,11 @@ def _check_complete(out: Assignment, step: StepGraph) -> None:
     missing += [n.name for n in stored if n not in out.inputs]
     if missing:
         raise PlanError(f"the plan has no decision for {len(missing)} ops and inputs ({missing[0]}, ...); it is damaged, make it again")
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """torch.bfloat16 as "bfloat16"."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def fingerprint(step: StepGraph) -> str:

@@ -30,6 +30,7 @@ from ..cost_model.simulate import COMPUTE, Simulation
 from ..runtime.dry_run import dry_run
 from ..runtime.memory import MemoryReport
 from ..runtime.meta_ops import MetaOps
+from ..runtime.program import LocalProgram
 from .analyse import Analysis
 from .choices import ChoiceGraph, Restriction, build_choices
 from .force import restriction
@@ -42,7 +43,7 @@ from .problem import ProblemBuilder, SelectionProblem
 from .record import Candidate, Outcome, record
 from .residency import DEVICE
 from .schedule import schedule
-from .timeline import timeline
+from .timeline import backend_of, timeline
 
 if TYPE_CHECKING:
     from .solver import Solution
@@ -53,10 +54,14 @@ PLACES_GAP = 1e-3
 """The same for plans that also choose where tensors live."""
 
 
-_WAYS_OUT = "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit."
+_WAYS_OUT = (
+    "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit; opweave.what_would_fit(model, cluster, batch, ...) "
+    "and `opweave plan` try them."
+)
 _UNLIMITED = {DEVICE: math.inf}
 _MAX_TRIES = 8
 _MAX_SCHEDULES = 3
+_SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 _WORTH_ANOTHER_LOOK = 0.02  # the objective of a simulated step this much above the sum of costs
 
 
@@ -82,8 +87,7 @@ def plan_step(
     search = _Search(analysis, cluster, force, limits, time_limit_s, places, weight)
     best, outcome = search.run(meshes)
     plan = record(analysis, cluster, best, search.found, force, search.times, outcome)
-    plan.objective = objective
-    plan.limits = limits
+    plan.objective, plan.limits, plan.places = objective, limits, places
     plan.planning_time_s["total"] = capture_s + time.perf_counter() - started
     plan.planning_time_s["capture"] = capture_s
     return plan
@@ -213,18 +217,30 @@ class _Search:
         return {p: memory.pools[p] - limit for p, limit in self.limits.items() if memory.pools.get(p, 0) > limit}
 
     def _try(self, candidate: Candidate) -> Outcome:
+        """What a candidate's program needs. Where that is too much for the device, and buckets are part of it, with smaller ones, then
+        none: messages that nothing is packed for cost little time beside another plan."""
+        outcome = self._scheduled(candidate)
+        for share in _SMALLER_BUCKETS:
+            packed = [num_bytes for name, num_bytes in outcome.memory.owners if "_bucket" in name]
+            if not packed or outcome.memory.peak_bytes <= self.limits[DEVICE]:
+                break
+            candidate.bucket_bytes = int(share * max(packed))
+            outcome = self._scheduled(candidate)
+        return outcome
+
+    def _scheduled(self, candidate: Candidate) -> Outcome:
         """Lower a candidate, schedule it within what memory it leaves, and see what that needs."""
         started = time.perf_counter()
         program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
         line = timeline(program, self.cluster, device="meta", ops=self.ops)
-        memory = dry_run(program, self.ops)
+        memory = self._needed(program)
         room = self.limits[DEVICE]
         for _ in range(_MAX_SCHEDULES):
             if memory.peak_bytes > self.limits[DEVICE]:
                 break  # too much as it is
             moves = schedule(program, line, self.cluster, room)
             back = move(program.graph, moves)
-            scheduled = dry_run(program, self.ops) if moves else memory
+            scheduled = self._needed(program) if moves else memory
             if scheduled.peak_bytes <= self.limits[DEVICE]:
                 candidate.moves, memory = moves, scheduled
                 line = timeline(program, self.cluster, device="meta", ops=self.ops) if moves else line
@@ -234,6 +250,9 @@ class _Search:
         simulation = line.simulate()
         self.times["verify"] += time.perf_counter() - started
         return Outcome(memory, simulation)
+
+    def _needed(self, program: LocalProgram) -> MemoryReport:
+        return dry_run(program, self.ops, backend=backend_of(self.cluster))
 
     def _solve(
         self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool, copies_hidden: float = COPIES_HIDDEN

@@ -11,13 +11,13 @@ from torch import fx
 from ..cost_model.cluster import Cluster
 from ..cost_model.energy import step_joules, step_price
 from ..cost_model.simulate import COMPUTE, Simulation
-from ..runtime.memory import MemoryReport
+from ..runtime.memory import MemoryReport, Owners
 from .analyse import Analysis
 from .choices import ChoiceGraph
 from .layout import num_pieces
-from .lower import Assignment, Moves
+from .lower import BUCKET_BYTES, Assignment, Moves
 from .naming import module_rows, usual_names
-from .plan import Decision, Plan, decisions_of, fingerprint, to_assignment
+from .plan import Decision, Plan, decisions_of, dtype_name, fingerprint, to_assignment
 from .pricing import PricedProblem
 from .residency import DEVICE, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
 from .rule import tensor_args
@@ -25,6 +25,9 @@ from .rule_table import UPDATE, op_name
 
 if TYPE_CHECKING:
     from .solver import Solution
+
+
+_NUM_OWNERS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +40,21 @@ class Outcome:
 
 @dataclass(slots=True)
 class Candidate:
-    """One mesh with its solved problem. with_places: whether it also chose where tensors live. moves: its schedule."""
+    """One mesh with its solved problem. with_places: whether it also chose where tensors live. moves: its schedule. bucket_bytes: as in
+    `lower.Assignment`."""
 
     mesh: tuple[int, ...]
     priced: PricedProblem
     solution: Solution
     with_places: bool = False
     moves: Moves = field(default_factory=list)
+    bucket_bytes: int = BUCKET_BYTES
 
     def assignment(self) -> Assignment:
         """What lowering needs."""
         selection = [int(i) for i in self.solution.selection]
         out = to_assignment(self.priced.graph, selection[: len(self.priced.graph.choices)])
-        out.early_updates = self.with_places
+        out.early_updates, out.bucket_bytes = self.with_places, self.bucket_bytes
         for node in self.priced.places:
             _, place = node.options[selection[node.index]]
             if isinstance(place, StatePlace):
@@ -95,10 +100,11 @@ def record(
             "num_nodes": priced.problem.num_nodes,
             "num_edges": priced.problem.num_edges,
         },
-        planning_time_s=dict(times), patterns=counts, force=force, modules=module_rows(graph, selection, decisions),
+        planning_time_s=dict(times), patterns=counts, force=force, autocast=dtype_name(step.autocast),
+        modules=module_rows(graph, selection, decisions),
         replicated_ops=[{"op": op, "reason": why, "count": n} for (op, why), n in sorted(analysis.replicated.items())],
         candidates=[{"mesh": list(c.mesh), "objective_s": float(c.solution.objective), "gap": float(c.solution.gap)} for c in found],
-        accumulate=step.num_micro_batches, early_updates=assignment.early_updates, moves=best.moves,
+        accumulate=step.num_micro_batches, early_updates=assignment.early_updates, bucket_bytes=best.bucket_bytes, moves=best.moves,
         residency=residency_summary(analysis, assignment), state=state_summary(analysis, assignment),
     )  # fmt: skip
 
@@ -168,13 +174,21 @@ def _state_layouts(op: Any, assignment: Assignment) -> list[tuple[Any, Any]]:
 def _predicted(outcome: Outcome, cluster: Cluster) -> dict[str, Any]:
     """joules, price: of one step of the whole cluster; None where its file lacks the figures."""
     memory, simulation = outcome.memory, outcome.simulation
+    others = [pool for pool, num_bytes in memory.pools.items() if num_bytes and pool != DEVICE]
     return {
         "step_time_s": simulation.step_time_s,
         "streams": {name: float(seconds) for name, seconds in simulation.busy_s.items()},
         "exposed": {name: float(seconds) for name, seconds in simulation.exposed_s.items()},
         "peak_bytes": dict(memory.pools),
         "peak_at": memory.at,
-        "peak_owner": [{"name": name, "bytes": num_bytes} for name, num_bytes in memory.owners[:10]],
+        "peak_owner": _owner_rows(memory.owners),
+        "pool_at": {pool: memory.pool_at[pool] for pool in others},
+        "pool_owner": {pool: _owner_rows(memory.pool_owners[pool]) for pool in others},
         "joules": step_joules(cluster, simulation.step_time_s, simulation.busy_s.get(COMPUTE, 0.0)),
         "price": step_price(cluster, simulation.step_time_s),
     }
+
+
+def _owner_rows(owners: Owners) -> list[dict[str, Any]]:
+    """The largest of what was alive at a peak."""
+    return [{"name": name, "bytes": num_bytes} for name, num_bytes in owners[:_NUM_OWNERS]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from ..torch_compat import OpOverload
@@ -79,6 +80,8 @@ class StepGraph:
     batch_constants: dict[str, Any] = field(default_factory=dict)
     # How many micro-batches a step has; the graph is that of one of them (see `micro_batches`).
     num_micro_batches: int = 1
+    # Dtype of the forward pass under autocast; None without.
+    autocast: torch.dtype | None = None
 
     @property
     def ops(self) -> list[fx.Node]:

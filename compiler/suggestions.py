@@ -97,13 +97,17 @@ class _Change:
 
 
 def what_would_fit(
-    model: nn.Module, cluster: Cluster, batch: Any, *, memory_limit: Any = None, budget_s: float = BUDGET_S,
+    model: nn.Module, cluster: Cluster | str, batch: Any, *, memory_limit: Any = None, budget_s: float = BUDGET_S,
     optimizer: torch.optim.Optimizer | None = None, loss_fn: Callable[[nn.Module, Any], Any] | None = None,
     clip_grad_norm: float | None = None, autocast: torch.dtype | None = None, accumulate: int = 1, **options: Any,
 ) -> Diagnosis:  # fmt: skip
-    """`diagnose` with the arguments of `opweave.plan`. budget_s: seconds after which nothing new is tried."""
+    """What would make a step fit: `diagnose` with the arguments of `opweave.plan`. budget_s: seconds after which nothing new is tried.
+
+    Raises DoesNotFitError where no device of any size would do (forced places that need more of another pool than there is).
+    """
+    where = Cluster.resolve(cluster) if isinstance(cluster, str) else cluster
     request = Request(
-        model=model, cluster=cluster, batch=batch, limits=memory_limits(memory_limit, cluster), optimizer=optimizer, loss_fn=loss_fn,
+        model=model, cluster=where, batch=batch, limits=memory_limits(memory_limit, where), optimizer=optimizer, loss_fn=loss_fn,
         clip_grad_norm=clip_grad_norm, autocast=autocast, accumulate=accumulate, options=options,
     )  # fmt: skip
     return diagnose(request, budget_s=budget_s)

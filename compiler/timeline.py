@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,6 +25,8 @@ from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simu
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
 from ..cost_model.work import op_class as work_class
 from ..runtime import collectives, micro_batches, update
+from ..runtime.communicator import Communicator, DirectTransport, NativeTransport
+from ..runtime.groups import PaperGroups
 from ..runtime.meta_ops import MetaOps
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..runtime.reuse import gathers_in_place
@@ -52,10 +54,17 @@ def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
 
 @dataclass(slots=True)
 class _Started:
-    """A collective on its way: what `wait` gives, and what must live until then."""
+    """A collective or copy on its way: what its wait gives (of a collective: how to have it), and what must live until then."""
 
     result: Any
     held: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, pending: Any) -> _Started:
+        """A collective as the runtime starts it, or the operand itself in a group of one device."""
+        if not isinstance(pending, collectives.Pending):
+            return cls(pending, _tensors(pending))
+        return cls(pending, list(pending.held))
 
 
 @dataclass(slots=True)
@@ -80,7 +89,7 @@ def timeline_of_plan(
 
     stage: entered around "capture", "lowering" and "prices"."""
     with stage("capture"):
-        analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer, accumulate=plan.accumulate))
+        analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=plan.autocast_dtype, accumulate=plan.accumulate))
         plan.check(analysis.step)
     with stage("lowering"):
         name = type(optimizer).__name__ if optimizer is not None else ""
@@ -99,25 +108,32 @@ class _AnyPrecision(Plan):
 
 def in_any_precision(plan: Plan, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer | None) -> Plan:
     """The plan for verification in float64. Raises PlanError where it was made for another model, batch or optimizer."""
-    plan.check(capture(model, batch, optimizer=optimizer, accumulate=plan.accumulate))
+    plan.check(capture(model, batch, optimizer=optimizer, autocast=plan.autocast_dtype, accumulate=plan.accumulate))
     return _AnyPrecision(**{item.name: getattr(plan, item.name) for item in fields(Plan)})
 
 
 def timeline(program: LocalProgram, cluster: Cluster, *, device: str = "cpu", ops: MetaOps | None = None) -> Timeline:
     """The program of one rank as instructions, priced for `cluster`. device: for which the program was lowered, "cpu" or "meta". ops: what
     is known of ops on "meta" already."""
-    values = _fake_values(program, device, ops)
+    values = _fake_values(program, cluster, device, ops)
     return _Writer(program, cluster, values).write()
+
+
+def backend_of(cluster: Cluster) -> str:
+    """What carries the collectives of a cluster's devices."""
+    return "gloo" if cluster.device.kind == "cpu" else "nccl"
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def _fake_values(program: LocalProgram, device: str, ops: MetaOps | None = None) -> dict[fx.Node, Any]:
+def _fake_values(program: LocalProgram, cluster: Cluster, device: str, ops: MetaOps | None = None) -> dict[fx.Node, Any]:
     """What every node yields, as tensors without data."""
     values: dict[fx.Node, Any] = {}
     ports = {port.name: port for port in program.inputs}
     into = gathers_in_place(program)
+    groups = PaperGroups(program.mesh, backend=backend_of(cluster))
+    starts = Communicator(groups).bindings()
     ops = (ops or MetaOps()) if device == "meta" else None
     without_data = contextlib.nullcontext() if device == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
     with without_data, torch.no_grad():
@@ -125,57 +141,34 @@ def _fake_values(program: LocalProgram, device: str, ops: MetaOps | None = None)
             if node.op == "placeholder":
                 port = ports.get(node.name)
                 shape = port.spec.local_shape() if port is not None and port.spec is not None else ()
-                values[node] = torch.empty(shape, dtype=port.dtype, device=device) if port is not None else (0,) * len(program.mesh)
+                values[node] = torch.empty(shape, dtype=port.dtype, device=device) if port is not None else groups.coords
                 if port is not None and port.tier != POOL:
                     values[node] = timeline_tiers.InTier.of(values[node], port.tier)
             elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                made = values[node] = _fake_call(node.target, program.mesh, args, kwargs, ops)
-                if node in into and not isinstance(made.result, list):
-                    made.result = values[into[node][0]]  # received in the memory of the old value; a bucket is received elsewhere first
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                if node in into:
+                    old = {i: values[placeholder] for i, placeholder in into[node].items()}
+                    kwargs = {**kwargs, "into": old[0] if node.target is collectives.all_gather else old}
+                values[node] = _fake_call(node.target, starts, args, kwargs, ops)
     return values
 
 
-def _fake_call(target: Any, mesh: tuple[int, ...], args: Any, kwargs: dict[str, Any], ops: MetaOps | None) -> Any:
-    if target in _STARTS:
-        return _STARTS[target](math.prod(mesh[axis] for axis in args[1]), *args, **kwargs)
+def _fake_call(target: Any, starts: Mapping[Any, Any], args: Any, kwargs: dict[str, Any], ops: MetaOps | None) -> Any:
+    if target in starts:
+        return _Started.of(starts[target](*args, **kwargs))
     if target in timeline_tiers.STARTS:
         return _Started(*timeline_tiers.STARTS[target](*args))
-    if target is collectives.wait or target in timeline_tiers.WAITS:
+    if target is collectives.wait:
+        return collectives.wait(args[0].result)
+    if target in timeline_tiers.WAITS:
         return args[0].result
     if target is micro_batches.accumulate:
         return torch.empty_like(args[0])
     if target is micro_batches.end:
         return None
     if target is update.fused_update:
-        params, _, states = args[:3]
-        return [*params, *(slot for slots in states for slot in slots)]
+        return update.update_on_paper(*args)
     return (ops.of(target) if ops is not None else target)(*args, **kwargs)
-
-
-def _resized(x: torch.Tensor, dim: int, numerator: int, denominator: int) -> torch.Tensor:
-    shape = list(x.shape)
-    shape[dim] = shape[dim] * numerator // denominator
-    return x.new_empty(shape)
-
-
-def _all_to_all(n: int, x: torch.Tensor, axes: Any, split: int, _s: int, gather: int, _g: int) -> _Started:
-    return _Started(_resized(_resized(x, split, 1, n), gather, n, 1), [x])
-
-
-def _each(resize: Callable[[torch.Tensor, int], torch.Tensor], xs: list[torch.Tensor], dims: Iterable[int]) -> _Started:
-    return _Started([resize(x, dim) for x, dim in zip(xs, dims, strict=True)], list(xs))
-
-
-_STARTS: dict[Any, Callable[..., _Started]] = {
-    collectives.all_reduce: lambda n, x, *_: _Started(torch.empty_like(x), [x]),
-    collectives.all_gather: lambda n, x, axes, dim, outer: _Started(_resized(x, dim, n, 1), [x]),
-    collectives.reduce_scatter: lambda n, x, axes, dim, *_: _Started(_resized(x, dim, 1, n), [x]),
-    collectives.all_to_all: _all_to_all,
-    collectives.all_reduce_bucket: lambda n, xs, *_: _Started([torch.empty_like(x) for x in xs], list(xs)),
-    collectives.all_gather_bucket: lambda n, xs, axes, dims, outers: _each(lambda x, d: _resized(x, d, n, 1), xs, dims),
-    collectives.reduce_scatter_bucket: lambda n, xs, axes, dims, *_: _each(lambda x, d: _resized(x, d, 1, n), xs, dims),
-}
 
 
 # -- instructions ---------------------------------------------------------------------------------------------------------
@@ -185,7 +178,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, _Started):
-        return [*_tensors(value.result), *value.held]
+        return [*_tensors(value.result), *value.held]  # of a pending collective: what it holds
     if isinstance(value, list | tuple):
         return [t for part in value for t in _tensors(part)]
     return []
@@ -303,7 +296,7 @@ class _Writer:
     def _price(self, node: fx.Node) -> tuple[str, float, str]:
         """(stream, seconds, class) of a node."""
         target: Any = node.target
-        if target in _STARTS:
+        if target in collectives.STARTS:
             kind = target.__name__.removesuffix("_bucket")
             return COLLECTIVES, self._collective_seconds(kind, node), kind
         if target in timeline_tiers.STARTS:
@@ -324,7 +317,7 @@ class _Writer:
         n = math.prod(self.program.mesh[axis] for axis in axes)
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
-        whole = _num_bytes(self.values[node].held) * (n if kind in ("all_gather", "all_to_all") else 1)
+        whole = _num_bytes(_tensors(self._arguments(node)[0])) * (n if kind in ("all_gather", "all_to_all") else 1)
         return collective_seconds(kind, whole, n, self.links[axes]) + self._copy_seconds(self._rearranged(node)[0])
 
     def _copy_seconds(self, num_bytes: int) -> float:
@@ -339,14 +332,15 @@ class _Writer:
         name = node.target.__name__
         kind, bucket = name.removesuffix("_bucket"), name.endswith("_bucket")
         tensors = _tensors(fx.map_arg(node.args[0], lambda n: self.values[n]))
-        grown = _num_bytes(_tensors(self.values[node].result)) / max(1, _num_bytes(tensors))
-        wire = collectives.DirectTransport if self.cluster.device.kind == "cpu" else collectives.NativeTransport
+        num_devices = math.prod(self.program.mesh[axis] for axis in node.args[1])
+        grown = num_devices if kind == "all_gather" else 1
+        transport = DirectTransport if backend_of(self.cluster) == "gloo" else NativeTransport
         before = after = 0.0
         for i, x in enumerate(tensors):
             num_bytes = _num_bytes([x])
             cuts = [(d[i], o[i]) if bucket else (d, o) for d, o in zip(node.args[2:-1:2], node.args[3::2], strict=False)]
             apart = [math.prod(x.shape[:dim]) * outer > 1 for dim, outer in cuts] if kind != "all_reduce" else [False]
-            if bucket and num_bytes < wire.SOLO_BYTES:
+            if bucket and num_bytes < transport.SOLO_BYTES:
                 before += num_bytes
                 after += num_bytes * grown if kind == "all_gather" else 0
             before += num_bytes if kind in ("reduce_scatter", "all_to_all") and apart[0] else 0

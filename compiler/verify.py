@@ -26,8 +26,12 @@ from .plan import Plan
 from .planner import mesh_of, plan_step, show_mesh
 from .training_step import step_inputs
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""Largest relative difference accepted, by dtype: rounding of sums in another order, over a few steps."""
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference accepted, by the dtype computed in: rounding of sums in another order, over a few steps."""
+
+_EPS = 1e-3
+"""Of Adam's denominator: a gradient that is zero but for rounding (of a bias in front of a batch norm) would be blown up to noise by the
+usual 1e-8. float64 rounds too little for that."""
 
 
 class VerificationError(AssertionError):
@@ -60,7 +64,7 @@ def verify(
     ranks: tuple[int, ...] | int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     steps: int = 3,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     *,
     loss_fn: Callable[[nn.Module, Any], Any] | None = None,
     clip_grad_norm: float | None = None,
@@ -69,31 +73,39 @@ def verify(
     plan: Plan | None = None,
     memory_limit: Any = None,
     accumulate: int | None = None,
+    autocast: torch.dtype | None = None,
     tolerance: float | None = None,
 ) -> VerifyReport:
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
 
-    The model and optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared
-    with its own one-device program (random numbers are opweave's). accumulate: the number of micro-batches of a step (default: the plan's,
-    else 1); the plain model then runs the usual loop of backward passes before each update. Raises VerificationError where a difference
-    exceeds `tolerance`.
+    dtype: of the model's copy; by default float64, under autocast float32 (autocast does nothing to float64). autocast: of the forward
+    pass, by default the plan's; Adam's eps is then 1e-3 at least. The model and optimizer given are not changed (default: AdamW with
+    eps=1e-3). A model with dropout in its forward pass is compared with its own one-device program (random numbers are opweave's).
+    accumulate: the number of micro-batches of a step (default: the plan's, else 1); the plain model then runs the usual loop of backward
+    passes before each update. Raises VerificationError where a difference exceeds `tolerance`.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least one step is needed to compare")
+    if plan is not None and autocast is None:
+        autocast = plan.autocast_dtype
+    dtype = dtype or (torch.float64 if autocast is None else torch.float32)
+    if autocast is not None and dtype != torch.float32:
+        raise ValueError(f"dtype is {dtype}, but under autocast to {autocast} a step is compared in float32; leave dtype out")
     mesh = mesh_of(ranks if ranks is not None else plan.mesh if plan is not None else (2,))
     if plan is not None and mesh != plan.mesh:
         raise ValueError(
             f"the plan is for mesh {show_mesh(plan.mesh)}, ranks is {show_mesh(mesh)}; leave ranks out or give ranks={plan.mesh}"
         )
     num_micro_batches = micro_batches_asked(accumulate, plan)
-    optimizer_of = _optimizer_maker(model, optimizer)
+    optimizer_of = _optimizer_maker(model, optimizer, least_eps=0.0 if autocast is None else _EPS)
     model = copy.deepcopy(model).to(dtype)
     batch = map_tensors(batch, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
     reference_optimizer = optimizer_of(model)
     with computing_in(dtype):
         step = capture(
-            model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm, accumulate=num_micro_batches
-        )
+            model, batch, loss_fn=loss_fn, optimizer=reference_optimizer, clip_grad_norm=clip_grad_norm, autocast=autocast,
+            accumulate=num_micro_batches,
+        )  # fmt: skip
     analysis = analyse(step)
     cluster = cluster or _pretend_cluster(math.prod(mesh))
     if plan is None:
@@ -105,7 +117,7 @@ def verify(
         single = plan_step(analysis, _pretend_cluster(1), mesh=(1,))
         expected_losses, expected, _ = _lockstep(analysis, single, model, reference_optimizer, batch, steps)
     else:
-        with computing_in(dtype):
+        with computing_in(dtype, autocast):
             parts = [micro_batch(batch, num_micro_batches, i) for i in range(num_micro_batches)]
             expected_losses, expected = _plain(model, reference_optimizer, parts, steps, loss_fn or default_loss, clip_grad_norm)
     report = VerifyReport(
@@ -114,7 +126,7 @@ def verify(
             "parameters": max(_relative(params[name], value) for name, value in expected.items()),
         },
         collectives=counts, replicated_ops=plan.replicated_ops, losses=losses,
-        tolerance=TOLERANCE[dtype] if tolerance is None else tolerance, plan=plan,
+        tolerance=TOLERANCE[autocast or dtype] if tolerance is None else tolerance, plan=plan,
     )  # fmt: skip
     if not report.holds:
         worst = max(expected, key=lambda name: _relative(params[name], expected[name]))
@@ -143,11 +155,12 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach() - b.detach()).abs().max()) / max(float(b.detach().abs().max()), _SMALL)
 
 
-def _optimizer_maker(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def _optimizer_maker(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, least_eps: float
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """How to make an optimizer like the user's (AdamW by default) for a copy of the model, group by group."""
     if optimizer is None:
-        # eps: a gradient that is zero but for rounding (a bias in front of a batch norm) would be blown up to noise by AdamW's usual 1e-8.
-        return lambda copied: torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=1e-3, eps=1e-3, fused=True)
+        return lambda copied: torch.optim.AdamW([p for p in copied.parameters() if p.requires_grad], lr=1e-3, eps=_EPS, fused=True)
     name_of = {id(p): name for name, p in model.named_parameters()}
     unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in name_of]
     if unknown:
@@ -157,6 +170,7 @@ def _optimizer_maker(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
         params = dict(copied.named_parameters())
         groups = [
             {**group, "params": [params[name_of[id(p)]] for p in group["params"]], "fused": True, "foreach": None}
+            | ({"eps": max(group["eps"], least_eps)} if "eps" in group else {})
             for group in optimizer.param_groups
         ]
         return type(optimizer)(groups)  # type: ignore[call-arg]
@@ -178,10 +192,11 @@ class _Promote(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """For float64: casts to float32 go to float64, and so do new tensors. Other dtypes: nothing."""
+def computing_in(dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """For float64: casts to float32 go to float64, and so do new tensors. Other dtypes: nothing, or autocast."""
     if dtype != torch.float64:
-        yield
+        with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+            yield
         return
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import collectives, tiers, update
-from .collectives import Communicator
+from .communicator import Communicator
 from .groups import AxisGroups
 from .memory import Limits, MemoryAccount, MemoryLimitError, MemoryReport, pool_limits
 from .program import STORED_KINDS, Inputs, LocalProgram, Port, each_micro_batch

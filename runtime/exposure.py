@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .collectives import Communicator, take_shard, wait
+from .collectives import take_shard, wait
+from .communicator import Communicator
 from .sharding import ShardSpec, Split
 
 

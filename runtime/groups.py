@@ -42,7 +42,8 @@ class AgreementError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The devices along some axes, this rank among them. ranks: global ranks; index: this rank's place. process_group: None for one."""
+    """The devices along some axes, this rank among them. ranks: global ranks; index: this rank's place. process_group: None for one, and
+    on paper."""
 
     ranks: tuple[int, ...]
     index: int
@@ -59,6 +60,8 @@ class AxisGroups:
     mesh: devices per axis. backend: "gloo" or "nccl"; by default nccl where the job has it, else gloo. timeout: how long a
     collective waits for the other ranks. Raises GroupError where the job does not fit the mesh.
     """
+
+    connected = True
 
     def __init__(self, mesh: Iterable[int], *, backend: str | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         self.mesh = tuple(mesh)
@@ -163,6 +166,34 @@ class AxisGroups:
         with _others_answer():
             torch_compat.all_gather_single(rows.view(-1), row.to(device))
         return [json.loads(bytes(r.tolist()).rstrip(b"\0")) for r in rows.cpu()]
+
+
+class PaperGroups(AxisGroups):
+    """The groups of the last rank of a mesh, without a job: nothing is sent. For what a program needs, not for what it computes.
+
+    The last rank is among those that need most: where one rank keeps a value and the others hold zeros beside it, it is one of the others.
+    """
+
+    connected = False
+
+    def __init__(self, mesh: Iterable[int], *, backend: str = "gloo") -> None:
+        self.mesh = tuple(mesh)
+        self.size = math.prod(self.mesh)
+        self.timeout = DEFAULT_TIMEOUT
+        self.rank = self.size - 1
+        self.backend = backend
+        self.coords = unravel(self.rank, self.mesh)
+        self._groups = {}
+        self._device_meshes = {}
+
+    def group(self, axes: Axes) -> Group:
+        """Any group; it need not be prepared."""
+        self.prepare([axes])
+        return super().group(axes)
+
+    def _make(self, axes: Axes) -> Group:
+        ranks = group_ranks(self.mesh, axes)[-1]
+        return Group(ranks=ranks, index=len(ranks) - 1, process_group=None)
 
 
 @contextmanager

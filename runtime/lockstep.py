@@ -46,7 +46,7 @@ class LockstepExecutor:
 
     optimizer: whose `param_groups` give the hyper-parameters. states: one per rank, rank-major; may be set later. tiers: where the tiers
     behind the device are; every rank has a store of its own, and its copies are complete when they have started. After a run, `collectives`
-    has the counts of that run, and with `account=True` `memory` what rank 0 needed.
+    has the counts of that run, and with `account=True` `memory` what the values of rank 0 needed (collectives here have no buffers).
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Elsewhere
-from .collectives import Communicator
+from .communicator import Communicator
 from .exposure import exposure_of, full_tensor
 from .groups import AxisGroups
 from .model_state import named_tensors, optimizer_state, piece_of, plain_names, step_counts, words

@@ -66,6 +66,14 @@ def written(node: fx.Node) -> Iterator[fx.Node]:
             found.append(value.args[0])
 
 
+def update_on_paper(
+    params: list[torch.Tensor], grads: list[torch.Tensor], states: list[list[torch.Tensor]], *_rest: Any
+) -> list[torch.Tensor]:
+    """What `fused_update` returns, as memory: parameters and states, changed in place where they are not strided pieces."""
+    params, _, states = _aligned(params, grads, states)
+    return params + [state for slots in states for state in slots]
+
+
 class Updater:
     """Runs update nodes of one rank.
 

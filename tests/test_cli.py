@@ -116,10 +116,14 @@ def test_where_things_live_is_said_in_words(tmp_path):
     assert report["residency"] == plan.residency and report["state"] == plan.state and report["limits"] == plan.limits
 
 
-def test_a_plan_made_with_autocast_is_not_checked_without(fake, tmp_path):
-    run("plan", "opt-tiny", "-c", "cpu:8", "--autocast", "bf16", "-o", tmp_path / "plan.json")
-    code, _, err = run("verify", tmp_path / "plan.json")
-    assert code == 2 and "was planned with --autocast bf16" in err
+def test_what_a_plan_was_made_with_is_shown(tmp_path):
+    plan = _plan()
+    plan.force, plan.places, plan.autocast = "zero3", "checkpoint", "bfloat16"
+    plan.save(tmp_path / "plan.json")
+    report = json.loads(run("show", tmp_path / "plan.json", "--json")[1])
+    assert [report[key] for key in ("force", "places", "autocast")] == ["zero3", "checkpoint", "bfloat16"]
+    out = run("show", tmp_path / "plan.json")[1]
+    assert "zero3, checkpoint" in out and "bfloat16" in out
 
 
 def test_plan_show_explain_verify_share_a_file(fake, tmp_path):

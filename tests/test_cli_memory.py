@@ -25,11 +25,12 @@ def test_plan_within_limits_says_where_things_live(tmp_path):
     report = json.loads(out)
     assert code == 0 and report["limits"] == {"device": 110000.0, "disk": 1e9}
     assert report["predicted"]["peak_bytes"]["device"] <= 110000 and report["predicted"]["peak_bytes"]["disk"] > 0
-    assert report["predicted"]["peak_owner"][0].keys() == {"name", "bytes"}
+    assert report["predicted"]["peak_owner"][0].keys() == report["predicted"]["pool_owner"]["disk"][0].keys() == {"name", "bytes"}
     assert set(report["residency"]) == {"keep", "offload_host", "offload_disk", "recompute", "drop"}
     assert any("disk" in place and row["bytes"] > 0 for place, row in report["state"].items())
     assert json.loads(run("show", tmp_path / "plan.json", "--json")[1])["state"] == report["state"]
-    assert "on disk" in run("show", tmp_path / "plan.json")[1]
+    shown = " ".join(run("show", tmp_path / "plan.json")[1].split())
+    assert "on disk" in shown and f"largest at the disk's peak ({report['predicted']['pool_at']['disk']})" in shown
 
 
 def test_plan_uses_the_host_of_a_gpu():

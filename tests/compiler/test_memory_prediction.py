@@ -72,7 +72,16 @@ def test_the_owners_of_the_peak_make_it_up():
     memory, predicted = step.executor.memory, step.plan.predicted
     assert sum(num_bytes for _, num_bytes in memory.owners) == memory.peak_bytes
     assert [(row["name"], row["bytes"]) for row in predicted["peak_owner"]] == list(memory.owners[:10])
-    assert predicted["peak_at"] == memory.at
+    assert predicted["peak_at"] == memory.at and predicted["pool_owner"] == {}, "nothing is elsewhere"
+
+
+def test_the_owners_behind_the_device_are_told(tmp_path):
+    step, batch = compiled("mlp-tiny", str(tmp_path), memory_limit={"disk": 1e9}, places="offload-all")
+    step(batch)
+    memory, predicted = step.executor.memory, step.plan.predicted
+    assert list(predicted["pool_owner"]) == ["disk"] and predicted["pool_at"]["disk"] == memory.pool_at["disk"]
+    assert [(row["name"], row["bytes"]) for row in predicted["pool_owner"]["disk"]] == list(memory.pool_owners["disk"][:10])
+    step.executor.close()
 
 
 @pytest.mark.slow

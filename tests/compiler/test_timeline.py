@@ -14,8 +14,9 @@ from opweave.compiler.plan import PlanError
 from opweave.compiler.timeline import _fake_values, _tensors, _Writer, timeline, timeline_of_plan
 from opweave.compiler.training_step import step_inputs
 from opweave.runtime import collectives
-from opweave.runtime.lockstep import LockstepExecutor
-from opweave.runtime.sharding import unravel
+from opweave.runtime.execute import Executor
+from opweave.runtime.groups import PaperGroups
+from opweave.runtime.program import shard_inputs
 from opweave.runtime.state import ProgramState
 
 
@@ -33,10 +34,10 @@ def _lowered(name, mesh, force, *, scheduled=True):
 
 
 def _measured(program, model, batch, optimizer, analysis):
-    executor = LockstepExecutor(program, optimizer, account=True)
-    ranks = range(math.prod(program.mesh))
-    executor.states = [ProgramState.from_model(program, model, unravel(rank, program.mesh)) for rank in ranks]
-    executor.run(step_inputs(analysis, batch, 0, 0))
+    groups = PaperGroups(program.mesh)
+    state = ProgramState.from_model(program, model, groups.coords)
+    executor = Executor(program, groups, optimizer=optimizer, state=state)
+    executor.run({name: piece.clone() for name, piece in shard_inputs(program, step_inputs(analysis, batch, 0, 0), groups.coords).items()})
     return executor.memory.peak_bytes
 
 
@@ -70,12 +71,13 @@ def test_a_reshape_that_copies_is_no_view():
 def test_collectives_pay_for_bringing_tensors_into_pieces():
     """A gather along the first dim needs no rearranging; along another all that arrives is copied; buckets are packed."""
     program, cluster, _ = _lowered("opt-tiny", (2,), "zero3")
-    writer = _Writer(program, cluster, _fake_values(program, "cpu"))
+    writer = _Writer(program, cluster, _fake_values(program, cluster, "cpu"))
     starts = [n for n in program.graph.nodes if n.op == "call_function" and n.target in collectives.STARTS]
     gathers = [n for n in starts if n.target is collectives.all_gather]
     assert gathers
     for node in gathers:
-        whole = sum(t.numel() * t.element_size() for t in _tensors(writer.values[node].result))
+        wait = next(iter(node.users))
+        whole = sum(t.numel() * t.element_size() for t in _tensors(writer.values[wait]))
         apart = math.prod(writer.values[node.args[0]].shape[: node.args[2]]) * node.args[3] > 1
         assert writer._rearranged(node) == (0, whole if apart else 0)
     bucket = next(n for n in starts if n.target is collectives.reduce_scatter_bucket)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from opweave.runtime import collectives as co
 from opweave.runtime import lockstep as ls
+from opweave.runtime.communicator import Communicator, DirectTransport
 from opweave.runtime.groups import AxisGroups, group_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -19,7 +20,7 @@ def tensors(rank: int, dtype: torch.dtype, shape=SHAPE) -> torch.Tensor:
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * 8).to(dtype)
 
 
-def compare(communicator: co.Communicator, groups: AxisGroups, axes, function, make, **options) -> None:
+def compare(communicator: Communicator, groups: AxisGroups, axes, function, make, **options) -> None:
     """make(rank) → argument; runs for real, and in lockstep over this rank's group."""
     ranks = next(r for r in group_ranks(groups.mesh, axes) if groups.rank in r)
     pending = getattr(communicator, function.__name__)(make(groups.rank), axes, **options)
@@ -29,7 +30,7 @@ def compare(communicator: co.Communicator, groups: AxisGroups, axes, function, m
     mine = expected[ranks.index(groups.rank)]
     for one, other in zip(*((v if isinstance(v, list) else [v]) for v in (got, mine)), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, f"{function.__name__}: {one.shape} {other.shape}"
-        direct = communicator.transport(axes).__class__ is co.DirectTransport and one.numel() * one.element_size() < 2**16
+        direct = communicator.transport(axes).__class__ is DirectTransport and one.numel() * one.element_size() < 2**16
         assert same(one, other, exact=direct or len(ranks) == 2), f"{function.__name__} {axes} {options}"
 
 
@@ -41,7 +42,7 @@ def same(one: torch.Tensor, other: torch.Tensor, exact: bool) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=8 * eps, atol=128 * eps)
 
 
-def check_all(communicator: co.Communicator, groups: AxisGroups, axes, dtypes) -> None:
+def check_all(communicator: Communicator, groups: AxisGroups, axes, dtypes) -> None:
     for dtype in dtypes:
 
         def one(rank, dtype=dtype):
@@ -79,7 +80,7 @@ def check_all(communicator: co.Communicator, groups: AxisGroups, axes, dtypes) -
     compare(communicator, groups, axes, co.all_gather_bucket, mixed, dims=[0, 0, 1, 1], outers=[1, 2, 1, 1])
 
 
-def check_overlap(communicator: co.Communicator, axes) -> None:
+def check_overlap(communicator: Communicator, axes) -> None:
     """Many in flight at once, waited for in another order."""
     rank = communicator.groups.rank
     started = [communicator.all_gather(torch.full((4,), 100.0 * i + rank), axes, 0, 1) for i in range(20)]
@@ -96,11 +97,11 @@ def main() -> None:
     all_axes = [axes for n in range(1, len(mesh) + 1) for axes in itertools.combinations(range(len(mesh)), n)]
     groups.prepare(reversed(all_axes))
     for axes in all_axes:
-        communicator = co.Communicator(groups)
+        communicator = Communicator(groups)
         check_all(communicator, groups, axes, DTYPES if len(all_axes) == 1 else DTYPES[:1])
         check_overlap(communicator, axes)
     # The backend's own collectives run here too, as they will on NCCL.
-    check_all(co.Communicator(groups, native=True), groups, all_axes[-1], DTYPES[:1])
+    check_all(Communicator(groups, native=True), groups, all_axes[-1], DTYPES[:1])
     dist.barrier()
     if groups.rank == 0:
         print("collectives ok")
