@@ -63,9 +63,9 @@ def compile(
     per device, or per pool: "device=4GiB,host=32GiB,disk=100GiB" (see `compiler.limits`). places: a recipe of others for what lives where
     ("keep", "checkpoint", "offload-all", ...; see `compiler.place_recipes`). objective: what is minimised, "time", "cost" (price) or
     "energy", from figures of the cluster (see `cost_model.energy`). disk_path: folder for what the plan puts on disk (default: the
-    system's temporary one). plan: run this plan (or the one in this file) instead of making one; its autocast is taken from it. seed: of dropout. keep_model: the model's
-    own tensors stay as they are until `to_model()`; with False the step takes them over, which saves a copy of the parameters: those a
-    rank holds whole train in place, the others are empty until `to_model()`.
+    system's temporary one). plan: run this plan (or the one in this file) instead of making one; its autocast is taken from it.
+    seed: of dropout. keep_model: the model's own tensors stay as they are until `to_model()`; with False the step takes them over, which
+    saves a copy of the parameters: those a rank holds whole train in place, the others are empty until `to_model()`.
 
     Raises ValueError (or a named subclass) for what the user can mend; the text says how.
     """
