@@ -10,18 +10,15 @@ the choice where everything lives (`price_places`). Meshes are taken best bound 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import fx
 
 from ..cost_model.cluster import Cluster
@@ -38,8 +35,8 @@ from .limits import Limits, memory_limits
 from .lower import lower, move
 from .place_recipes import AUTO, NO_PLACES, check_recipe
 from .plan import Plan
-from .pricing import COPIES_HIDDEN, SIDE, Pricer
-from .problem import ProblemBuilder, SelectionProblem
+from .pricing import COPIES_HIDDEN, Pricer
+from .problem import SelectionProblem
 from .record import Candidate, Outcome, record
 from .residency import DEVICE
 from .schedule import schedule
@@ -302,20 +299,6 @@ def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
     return tuple(mesh)
 
 
-@lru_cache(maxsize=1)
-def _warm_up() -> None:
-    """Compile the solver's kernels (once per machine: they are cached) before any time limit runs."""
-    from .solver.structured import solve_structured
-
-    builder = ProblemBuilder(pools={"device": 10.0}, streams=(SIDE,))
-    nodes = [builder.add_node([1.0, 2.0, 3.0], [[-1.0, 0.0, 0.0]]) for _ in range(5)]
-    for a, b in itertools.pairwise(nodes):
-        builder.add_edge(a, b, np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 4.0], [5.0, 6.0, 0.0]]), [np.ones((3, 3))])
-    for i, node in enumerate(nodes):
-        builder.add_usage(node, "device", i, i + 3, [8.0, 3.0, 2.0])
-    solve_structured(builder.build(), time_limit_s=600.0, gap=GAP, seed=0)
-
-
 @contextlib.contextmanager
 def _nothing_printed() -> Iterator[None]:
     """Without what HiGHS (as in ortools 9.15) prints on the process's standard output, which belongs to the caller's JSON."""
@@ -331,29 +314,12 @@ def _nothing_printed() -> Iterator[None]:
 
 
 def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = False) -> Solution:
-    """Step graphs are nearly chains, with places they are many small items to pack: there is an engine for either. What it cannot close
-    goes to the general one."""
     # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
-    from .solver import solve
-    from .solver.places import solve_places
-    from .solver.structured import solve_structured
+    from .solver import solve, warm_up
 
-    _warm_up()
-    if places:
-        with _nothing_printed():
-            packed = solve_places(problem, time_limit_s=time_limit_s, gap=PLACES_GAP, seed=0)
-        if packed is not None:
-            return packed
-    structured = solve_structured(problem, time_limit_s=min(time_limit_s, 10.0), gap=GAP, seed=0)
-    if structured is not None and structured.status != "feasible":
-        return structured
-    general = solve(problem, time_limit_s=time_limit_s, gap=GAP)
-    if structured is None or general.status == "infeasible":
-        return general
-    best = min((structured, general), key=lambda s: s.objective if s.selection is not None and len(s.selection) else float("inf"))
-    bound = max(structured.lower_bound, general.lower_bound)
-    gap = (best.objective - bound) / max(abs(best.objective), 1e-12)
-    return replace(best, lower_bound=bound, gap=gap, status="optimal" if gap <= GAP else "feasible")
+    with _nothing_printed():
+        warm_up()
+        return solve(problem, time_limit_s=time_limit_s, gap=PLACES_GAP if places else GAP)
 
 
 def _head(analysis: Analysis, cluster: Cluster, limits: Limits) -> str:

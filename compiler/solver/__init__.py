@@ -4,6 +4,7 @@ if __name__ != "opweave.compiler.solver":
     # compiled kernels are cached with the names of their argument types: a second name for this package would break the cache for the first
     raise ImportError(f"this package is 'opweave.compiler.solver', not {__name__!r}; import it from the installed package opweave")
 
-from .solve import HistoryPoint, Solution, solve
+from .solution import HistoryPoint, Solution
+from .solve import solve, warm_up
 
-__all__ = ["HistoryPoint", "Solution", "solve"]
+__all__ = ["HistoryPoint", "Solution", "solve", "warm_up"]

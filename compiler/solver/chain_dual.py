@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from .chain_messages import backward, forward
 from .forest import clear_forest, grow_forest, new_scratch, solve_forest
 from .graph import build_graph
 from .marginals import needless
 from .model import Model
-from .trws import new_messages
+from .trws import backward, forward, new_messages
 
 SAFETY = 1e-12
 """Rounding error of a sum of costs, relative to the sum of their magnitudes; taken off every bound."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..problem import SelectionProblem
-from .solve import HistoryPoint, Solution, solve
+from .solution import HistoryPoint, Solution
+from .solve import solve
 
 
 def solve_file(

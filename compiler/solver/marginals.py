@@ -13,7 +13,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .chain_messages import gather, send, widest
+from .trws import gather, send, widest
 
 
 @numba.njit(cache=True, nogil=True)

@@ -16,18 +16,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..problem import SelectionProblem
-from .model import Model, from_problem
+from .model import Model
 from .places_bound import Relaxation, Relaxed, argmax_per_node
-from .presolve import presolve
+from .presolve import Reduced, presolve
+from .reasons import FORBIDDEN_EVERYWHERE, slot_reason
+from .start import Offer, Outcome, Start
 from .substitute import drop_slots
-
-if TYPE_CHECKING:
-    from .solve import Solution
 
 MOST_NODES, MOST_ENTRIES = 20_000, 1_000_000
 """Nodes and edge entries above which the simplex method takes too long."""
@@ -44,10 +42,9 @@ REASON_S = 5.0
 class Places:
     """One solve. ``x`` is in terms of the problem, ``local`` of the reduced model."""
 
-    def __init__(self, model: Model, deadline: float, gap: float, seed: int) -> None:
+    def __init__(self, reduced: Reduced, deadline: float, gap: float, seed: int, offer: Offer) -> None:
         self.deadline, self.gap, self.seed = deadline, gap, seed
-        self.reduced = presolve(drop_slots(model))
-        self.model = self.reduced.model
+        self.reduced, self.model, self.report = reduced, reduced.model, offer
         self.x: np.ndarray | None = None
         self.local = np.zeros(0, dtype=np.int64)
         self.objective, self.bound = math.inf, -math.inf
@@ -81,6 +78,7 @@ class Places:
         objective = self.model.objective(x)
         if objective < self.objective and (self.model.loads(x) <= self.model.slot_limit).all():
             self.objective, self.x, self.local = objective, self.reduced.undo(x.copy()), x
+            self.report(objective, self.bound)
 
     def _round(self, root: Relaxed) -> None:
         self._offer(argmax_per_node(self.model, root.x))
@@ -142,43 +140,30 @@ def _second_least(reduced: np.ndarray, model: Model) -> np.ndarray:
     return np.minimum.reduceat(rest, model.node_off[:-1])
 
 
-def solve_places(problem: SelectionProblem, *, time_limit_s: float = 10.0, gap: float = 1e-3, seed: int = 0) -> Solution | None:
-    """A solution with its bound; None if the problem is too dense for this engine, or nothing was found and nothing proven in time."""
-    from .solve import Solution, proven
-
-    started = time.perf_counter()
-    if problem.num_nodes > MOST_NODES or len(problem.edge_cost) > MOST_ENTRIES or (problem.num_strategies == 0).any():
-        return None
-    model = from_problem(problem)
-    run = Places(model, started + time_limit_s, gap, seed)
+def solve_places(start: Start, deadline: float, gap: float, seed: int, offer: Offer) -> Outcome:
+    """A selection with its bound; neither where none is found by ``deadline``."""
+    run = Places(start.reduced, deadline, gap, seed, offer)
     run.run()
-    if run.infeasible:
-        return Solution(
-            selection=np.zeros(0, dtype=np.int64),
-            objective=math.inf,
-            lower_bound=math.inf,
-            gap=math.inf,
-            status="infeasible",
-            reason=why_infeasible(problem, model, time.perf_counter() + REASON_S, seed),
-            seconds=time.perf_counter() - started,
-        )
-    if run.x is None:
-        return None
-    return proven(problem, run.x, run.bound, gap, started)
+    reason = why_infeasible(start.problem, start.model, time.perf_counter() + REASON_S, seed) if run.infeasible else ""
+    return Outcome(run.x, run.bound, run.infeasible, reason)
+
+
+def fits(model: Model) -> bool:
+    """Whether a reduced model is of this kind: copies in both directions, or to more than one place, take a stream each."""
+    return model.num_streams > 1 and model.num_nodes <= MOST_NODES and len(model.edge_cost) <= MOST_ENTRIES
 
 
 def why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
     """The pool that is too small while the others keep their limits, with the bytes the leanest selection needs; or what else is known."""
     part = presolve(_without_slots(model))
     if model.num_slots == 0 or part.infeasible:
-        return "no selection avoids all forbidden entries"
+        return FORBIDDEN_EVERYWHERE
     small = drop_slots(model)
     for pool in dict.fromkeys(small.slot_pool.tolist()):
         needs, slot = _least_bytes(small, pool, deadline, seed)
         if problem.limits[pool] < needs < math.inf:
-            at = f"at time {small.slot_time[slot]}, its limit is {problem.limits[pool]:.0f}"
-            return f"pool {problem.pools[pool]!r} needs at least {math.floor(needs):.0f} bytes {at}"
-    return "no selection avoids all forbidden entries and fits memory at every time; no pool alone is too small"
+            return slot_reason(problem, small, slot, math.floor(needs))
+    return f"{FORBIDDEN_EVERYWHERE} and fits memory at every time; no pool alone is too small"
 
 
 def _least_bytes(model: Model, pool: int, deadline: float, seed: int) -> tuple[float, int]:

@@ -21,6 +21,7 @@ from .improve import Incumbent, Searcher
 from .lagrange import Dual
 from .model import Model
 from .presolve import presolve
+from .solution import ROUNDING, relative_gap
 from .substitute import keep_strategies, substitute
 
 EXACT_ENTRIES = 150_000
@@ -34,14 +35,7 @@ QUICK_MOVES = 4000
 HOT = (0.1, 0.3, 0.03, 1.0, 0.1, 0.03)
 """Starting noise of successive cycles, in units of energy per node."""
 
-ROUNDING = 2e-9
-"""Relative gaps below this are rounding errors of the bounds."""
-
 Report = Callable[[], None]
-
-
-def relative_gap(objective: float, bound: float) -> float:
-    return max(0.0, objective - bound) / max(abs(objective), 1e-9)
 
 
 class _StreamWeights:

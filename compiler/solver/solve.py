@@ -1,71 +1,32 @@
-"""The solver's entry point: ``solve(problem)`` runs the phases and answers in the terms of the original problem."""
+"""The solver's entry point: ``solve(problem)`` reduces the problem, runs the engines that fit it and answers in the problem's terms."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from ..problem import SelectionProblem
-from .model import Model, from_problem
-from .presolve import presolve
-from .run import ROUNDING, Run, relative_gap
-from .substitute import drop_slots
+from ..problem import ProblemBuilder, SelectionProblem
+from . import places, structured
+from .general import solve_general
+from .model import Model
+from .reasons import least_memory, why_infeasible
+from .solution import ROUNDING, HistoryPoint, Solution, infeasible, proven, relative_gap
+from .start import Outcome, Start, reduced_start
 
 NOT_PROVEN = "not proven infeasible"
 
-Status = Literal["optimal", "feasible", "infeasible"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryPoint:
-    """One improvement: seconds since the start, best objective so far (inf if none), proven lower bound."""
-
-    seconds: float
-    objective: float
-    lower_bound: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """The answer to a problem.
-
-    ``optimal``: ``objective`` is within the asked gap of the proven ``lower_bound``. ``feasible``: it is not (yet).
-    ``infeasible``: proven, or nothing found in time; ``reason`` says which, ``selection`` is empty and ``objective`` infinite.
-    """
-
-    selection: np.ndarray  # int64[N], empty if there is none
-    objective: float
-    lower_bound: float
-    gap: float  # (objective - lower_bound) / |objective|
-    status: Status
-    reason: str
-    seconds: float
-    history: tuple[HistoryPoint, ...] = field(default=())
-
-
 Progress = Callable[[HistoryPoint], None]
+EngineName = Literal["auto", "general", "structured", "places"]
+ENGINES: tuple[EngineName, ...] = ("places", "structured", "general")
 
-
-def proven(problem: SelectionProblem, x: np.ndarray, bound: float, gap: float, started: float) -> Solution:
-    """A selection with its bound, scored anew. started: ``time.perf_counter()`` at the start; an AssertionError where it does not hold."""
-    score = problem.evaluate(x)
-    assert score.feasible, f"the selection does not hold: {score.reason}"
-    bound = float(min(bound, score.objective))
-    relative = (score.objective - bound) / max(abs(score.objective), 1e-300) if score.objective > bound else 0.0
-    return Solution(
-        selection=x,
-        objective=score.objective,
-        lower_bound=bound,
-        gap=relative,
-        status="optimal" if relative <= gap else "feasible",
-        reason="",
-        seconds=time.perf_counter() - started,
-    )
+STRUCTURED_SHARE, STRUCTURED_S = 0.2, 10.0
+"""Of the time left, for the structured engine before the general one: this share, or these seconds if they are no more than half of it."""
 
 
 def solve(
@@ -76,104 +37,104 @@ def solve(
     seed: int = 0,
     work_limit: int | None = None,
     progress: Progress | None = None,
+    engine: EngineName = "auto",
 ) -> Solution:
-    """Best selection found within ``time_limit_s``, stopping early at a relative ``gap`` to the proven bound."""
+    """Best selection found within ``time_limit_s``, stopping early at a relative ``gap`` to the proven bound.
+
+    ``engine``: that one alone; "auto": those that fit the problem, one after the other until the gap is met. ``work_limit``: most rounds of
+    the general engine. Raises ValueError for a malformed problem or an unknown engine.
+    """
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; the engines are 'auto', {', '.join(map(repr, ENGINES))}")
     started = time.perf_counter()
     problem.verify()
     empty = np.flatnonzero(problem.num_strategies == 0)
     if len(empty):
-        return _infeasible(f"node {int(empty[0])} has no strategy", started)
-    model = from_problem(problem)
-    reason = _least_memory(problem, model)
+        return infeasible(f"node {int(empty[0])} has no strategy", started)
+    start = reduced_start(problem)
+    reason = least_memory(problem, start.model)
     if reason:
-        return _infeasible(reason, started)
-    reducing = time.perf_counter()
-    reduced = presolve(drop_slots(model))
-    reduction_s = time.perf_counter() - reducing
-    if reduced.infeasible:
-        return _infeasible(_why_infeasible(problem, model), started)
-    history = _History(started, progress)
-    deadline, whole = started + time_limit_s, _whole(problem)
-    run = Run(reduced.model, deadline, gap, seed, whole, lambda: history.add(run.objective, run.bound), reduction_s)
-    run.execute(work_limit)
-    if run.infeasible:
-        return _infeasible(_why_infeasible(problem, model), started)
-    if run.x is None:
-        return _infeasible(f"no selection found within {time_limit_s:g} s ({NOT_PROVEN})", started, run.bound)
-    return _answer(problem, reduced.undo(run.x), run.bound, gap, history)
+        return infeasible(reason, started)
+    best = _Best(started, gap, progress)
+    if start.reduced.infeasible:
+        best.outcome = Outcome(None, math.inf, infeasible=True)
+    else:
+        _run_engines(start, engine, best, started + time_limit_s, seed, work_limit)
+    found = best.outcome
+    if found.infeasible:
+        return infeasible(found.reason or why_infeasible(problem, start.model, started + time_limit_s, seed), started)
+    if found.selection is None:
+        return infeasible(f"no selection found within {time_limit_s:g} s ({NOT_PROVEN})", started, found.bound)
+    return proven(problem, found.selection, found.bound, gap, started, tuple(best.history))
 
 
-def _answer(problem: SelectionProblem, selection: np.ndarray, bound: float, gap: float, history: _History) -> Solution:
-    check = problem.evaluate(selection)
-    assert check.feasible, f"the solver's answer is not feasible: {check.reason}"
-    bound = min(bound, check.objective)
-    relative = relative_gap(check.objective, bound)
-    return Solution(
-        selection=selection,
-        objective=check.objective,
-        lower_bound=bound,
-        gap=relative,
-        status="optimal" if relative <= max(gap, ROUNDING) else "feasible",
-        reason="",
-        seconds=time.perf_counter() - history.started,
-        history=tuple(history.points),
-    )
+def _run_engines(start: Start, engine: EngineName, best: _Best, deadline: float, seed: int, work_limit: int | None) -> None:
+    for name in _fitting(start.reduced.model) if engine == "auto" else (engine,):
+        left = deadline - time.perf_counter()
+        if name == "places":
+            outcome = places.solve_places(start, deadline, best.gap, seed, best.offer)
+        elif name == "structured":
+            spared = left - max(STRUCTURED_SHARE * left, min(STRUCTURED_S, 0.5 * left)) if engine == "auto" else 0.0
+            outcome = structured.solve_structured(start, deadline - spared, best.gap, seed, best.offer)
+        else:
+            outcome = solve_general(start, deadline, best.gap, seed, best.offer, work_limit)
+        best.take(outcome, start.problem)
+        if best.settled() or time.perf_counter() > deadline:
+            return
 
 
-class _History:
-    """Collects improvements and passes them on."""
+def _fitting(model: Model) -> list[EngineName]:
+    """The engines for a reduced model, the most special first."""
+    fits = {"places": places.fits(model), "structured": structured.fits(model), "general": True}
+    return [name for name in ENGINES if fits[name]]
 
-    def __init__(self, started: float, progress: Progress | None) -> None:
-        self.started, self.progress = started, progress
-        self.points: list[HistoryPoint] = []
 
-    def add(self, objective: float, lower_bound: float) -> None:
-        seconds = time.perf_counter() - self.started
-        point = HistoryPoint(seconds=seconds, objective=objective, lower_bound=min(lower_bound, objective))
-        self.points.append(point)
+class _Best:
+    """The best of what the engines found, and the history of objective and bound over all of them."""
+
+    def __init__(self, started: float, gap: float, progress: Progress | None) -> None:
+        self.started, self.gap, self.progress = started, gap, progress
+        self.outcome = Outcome(None, -math.inf)
+        self.objective = self.offered = math.inf
+        self.bound = -math.inf
+        self.history: list[HistoryPoint] = []
+
+    def offer(self, objective: float, bound: float) -> None:
+        """An engine's objective and bound; what improves on all before becomes a point of the history."""
+        bound = max(bound, self.bound)
+        if objective >= self.offered and bound <= self.bound:
+            return
+        self.offered, self.bound = min(objective, self.offered), bound
+        point = HistoryPoint(seconds=time.perf_counter() - self.started, objective=self.offered, lower_bound=min(bound, self.offered))
+        self.history.append(point)
         if self.progress:
             self.progress(point)
 
+    def take(self, outcome: Outcome, problem: SelectionProblem) -> None:
+        """An engine has ended: keep the better selection, the higher bound, and any proof that there is none."""
+        selection, bound = self.outcome.selection, max(self.outcome.bound, outcome.bound)
+        if outcome.selection is not None:
+            objective = problem.evaluate(outcome.selection).objective
+            if objective < self.objective:
+                self.objective, selection = objective, outcome.selection
+        self.offer(self.objective, bound)
+        self.outcome = Outcome(selection, bound, outcome.infeasible and selection is None, outcome.reason)
 
-def _whole(problem: SelectionProblem) -> bool:
-    """All costs that can be chosen are whole numbers, and no stream adds to them."""
-    if problem.streams:
-        return False
-    costs = (problem.node_cost, problem.edge_cost)
-    return all(bool(np.all(np.floor(c) == c)) for c in costs)
-
-
-def _infeasible(reason: str, started: float, bound: float = math.inf) -> Solution:
-    return Solution(
-        selection=np.zeros(0, dtype=np.int64),
-        objective=math.inf,
-        lower_bound=bound,
-        gap=math.inf,
-        status="infeasible",
-        reason=reason,
-        seconds=time.perf_counter() - started,
-    )
+    def settled(self) -> bool:
+        """Nothing is left to find within the gap."""
+        met = self.objective < math.inf and relative_gap(self.objective, self.bound) <= max(self.gap, ROUNDING)
+        return met or self.outcome.infeasible
 
 
-def _least_memory(problem: SelectionProblem, model: Model) -> str:
-    """Why even the smallest choices do not fit, or nothing."""
-    least = model.least_loads()
-    over = least - model.slot_limit
-    if not (over > 0).any():
-        return ""
-    return _memory_reason(problem, model, int(over.argmax()), float(least[over.argmax()]))
-
-
-def _memory_reason(problem: SelectionProblem, model: Model, slot: int, least: float) -> str:
-    pool = int(model.slot_pool[slot])
-    limit = problem.limits[pool]
-    return f"pool {problem.pools[pool]!r} needs at least {least:.0f} bytes at time {model.slot_time[slot]}, its limit is {limit:.0f}"
-
-
-def _why_infeasible(problem: SelectionProblem, model: Model) -> str:
-    if model.num_slots == 0:
-        return "no selection avoids all forbidden entries"
-    least = model.least_loads()
-    slot = int((least / np.maximum(model.slot_limit, 1.0)).argmax())
-    pressed = _memory_reason(problem, model, slot, float(least[slot]))
-    return f"no selection avoids all forbidden entries and fits memory at every time; tightest: {pressed}"
+@lru_cache(maxsize=1)
+def warm_up() -> None:
+    """Load (and on a machine's first use compile) the kernels of all engines, so that no time limit pays for it."""
+    builder = ProblemBuilder(pools={"device": 10.0}, streams=("side",))
+    nodes = [builder.add_node([1.0, 2.0, 3.0], [[-1.0, 0.0, 0.0]]) for _ in range(5)]
+    for a, b in itertools.pairwise(nodes):
+        builder.add_edge(a, b, np.array([[0.0, 1.0, 2.0], [3.0, 0.0, 4.0], [5.0, 6.0, 0.0]]), [np.ones((3, 3))])
+    for i, node in enumerate(nodes):
+        builder.add_usage(node, "device", i, i + 3, [8.0, 3.0, 2.0])
+    problem = builder.build()
+    for engine in ENGINES:
+        solve(problem, time_limit_s=600.0, gap=0.0, work_limit=1, engine=engine)

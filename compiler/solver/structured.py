@@ -17,22 +17,16 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..problem import SelectionProblem
 from .chain_branch import EXACT_ENTRIES, Search, solve_exactly
-from .chain_dual import Dual, Point, slot_usage
+from .chain_dual import Dual, Point
 from .graph import build_flows, build_graph, build_rows
 from .improve import Incumbent, Searcher
-from .model import Model, from_problem
+from .model import Model
 from .presolve import Reduced, presolve
-from .substitute import drop_slots
-
-if TYPE_CHECKING:
-    from .solve import Solution
+from .start import Offer, Outcome, Start
 
 MOST_NODES, MOST_ENTRIES = 6_000, 6_000_000
 SHRINK_GAP = 0.005
@@ -54,17 +48,17 @@ FIRST_SLACK, WIDEN, PROBE_SHARE = 0.05, 4.0, 0.2
 
 
 class Structured:
-    """One solve. ``x`` is in terms of ``model``."""
+    """One solve. ``x`` is in terms of the problem."""
 
-    def __init__(self, model: Model, deadline: float, gap: float, seed: int) -> None:
-        self.model, self.deadline, self.gap, self.seed = model, deadline, gap, seed
-        self.reduced = Reduced(model)
+    def __init__(self, reduced: Reduced, deadline: float, gap: float, seed: int, offer: Offer) -> None:
+        self.reduced, self.deadline, self.gap, self.seed = reduced, deadline, gap, seed
+        self.report = offer
         self.x: np.ndarray | None = None
         self.objective, self.bound = math.inf, -math.inf
         self.infeasible = False
 
     def run(self) -> None:
-        if not self._reduce(drop_slots(self.model)):
+        if not self._take(self.reduced):
             return
         stalled = False
         while not self.done():
@@ -109,11 +103,15 @@ class Structured:
     def _offer(self, x: np.ndarray, objective: float) -> None:
         if objective < self.objective:
             self.objective, self.x = objective, self.reduced.undo(x.copy())
+            self.report(objective, self.bound)
 
     def _reduce(self, model: Model) -> bool:
         """Reduce ``model`` and make it current; False if that decided the problem."""
         more = presolve(model)
-        self.reduced = Reduced(more.model, self.reduced.steps + more.steps, more.infeasible)
+        return self._take(Reduced(more.model, self.reduced.steps + more.steps, more.infeasible))
+
+    def _take(self, more: Reduced) -> bool:
+        self.reduced = more
         if more.infeasible or (more.model.slot_limit < 0).any():
             self.infeasible = self.x is None
             self.bound = self.objective
@@ -194,79 +192,16 @@ class Structured:
         self.bound = max(self.bound, min(bound, self.objective))
 
 
-def solve_structured(problem: SelectionProblem, *, time_limit_s: float = 60.0, gap: float = 1e-4, seed: int = 0) -> Solution | None:
-    """A solution with its bound, or None if the problem is not of this kind or nothing was found and nothing proven."""
-    from .solve import Solution, proven
-
-    started = time.perf_counter()
-    if problem.num_nodes > MOST_NODES or len(problem.edge_cost) > MOST_ENTRIES or (problem.num_strategies == 0).any():
-        return None
-    run = Structured(from_problem(problem), started + time_limit_s, gap, seed)
+def solve_structured(start: Start, deadline: float, gap: float, seed: int, offer: Offer) -> Outcome:
+    """A selection with its bound; neither where none is found by ``deadline``."""
+    run = Structured(start.reduced, deadline, gap, seed, offer)
     run.run()
-    if run.infeasible:
-        return Solution(
-            selection=np.zeros(0, dtype=np.int64),
-            objective=math.inf,
-            lower_bound=math.inf,
-            gap=math.inf,
-            status="infeasible",
-            reason=_why_infeasible(problem, run.model, run.deadline, seed),
-            seconds=time.perf_counter() - started,
-        )
-    if run.x is None:
-        return None
-    return proven(problem, run.x, run.bound, gap, started)
+    return Outcome(run.x, run.bound, run.infeasible)
 
 
-def _why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
-    """The slot that cannot be met, with the least bytes any selection needs there; or what else is known."""
-    if model.num_slots == 0:
-        return "no selection avoids all forbidden entries"
-    least = model.least_loads()
-    order = np.argsort(-(least - model.slot_limit) / np.maximum(model.slot_limit, 1.0), kind="stable")
-    for k in _apart(order, 10):
-        if least[k] <= model.slot_limit[k]:
-            least[k] = max(least[k], least_load(model, k, min(deadline, time.perf_counter() + 1.0), seed))
-        if least[k] > model.slot_limit[k]:
-            return _at_slot(problem, model, k, float(least[k]))
-    k = int(order[0])
-    tightest = _at_slot(problem, model, k, float(least[k]))
-    return f"no selection avoids all forbidden entries and fits memory at every time; tightest: {tightest}"
-
-
-def _at_slot(problem: SelectionProblem, model: Model, k: int, least: float) -> str:
-    pool = int(model.slot_pool[k])
-    limit = problem.limits[pool]
-    return f"pool {problem.pools[pool]!r} needs at least {least:.0f} bytes at time {model.slot_time[k]}, its limit is {limit:.0f}"
-
-
-def _apart(order: np.ndarray, most: int) -> list[int]:
-    """The first entries of ``order`` that are no neighbours of each other."""
-    picked: list[int] = []
-    for k in order.tolist():
-        if all(abs(k - other) > 3 for other in picked):
-            picked.append(k)
-        if len(picked) == most:
-            break
-    return picked
-
-
-def least_load(model: Model, k: int, deadline: float, seed: int) -> float:
-    """A lower bound on the bytes of slot ``k`` over all selections without forbidden entries: the dual with bytes as costs."""
-    unit = max(float(model.slot_limit[k]), 1.0)
-    bytes_of = slot_usage(model, k) / unit
-    weightless = replace(
-        model,
-        cost=np.where(np.isfinite(model.cost), bytes_of, np.inf),
-        edge_cost=np.where(np.isfinite(model.edge_cost), 0.0, np.inf),
-        node_stream=np.zeros((0, len(model.cost))),
-        edge_stream=np.zeros((0, len(model.edge_cost))),
-        stream_constant=np.zeros(0),
-        constant=0.0,
-    )
-    dual = Dual(weightless, lambda x, objective: None, deadline, seed)
-    dual.trial(dual.best, 50, 1e-9, 1e-6)
-    return max(0.0, (dual.bound - 1e-9) * unit)
+def fits(model: Model) -> bool:
+    """Whether a reduced model is of this kind. Without streams the general engine's bound is as good, and its search is made for that."""
+    return model.num_streams > 0 and model.num_nodes <= MOST_NODES and len(model.edge_cost) <= MOST_ENTRIES
 
 
 def _unit(size: int, at: int) -> np.ndarray:

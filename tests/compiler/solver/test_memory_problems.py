@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
-from opweave.compiler.solver.structured import solve_structured
+from opweave.compiler.solver import solve
 
 LINK, DISK, CPU = 20e9, 3e9, 50e9
 """Bytes per second of the copies, the disk and the processor's updates."""
@@ -59,8 +59,8 @@ def residency(layers: int, per_layer: int = 25, parameters: int = 600, share: fl
 
 
 def check(problem: SelectionProblem, gap: float) -> None:
-    answer = solve_structured(problem, gap=gap, time_limit_s=300.0)
-    assert answer is not None and answer.status == "optimal"
+    answer = solve(problem, gap=gap, time_limit_s=300.0, engine="structured")
+    assert answer.status == "optimal"
     score = problem.evaluate(answer.selection)
     assert score.feasible
     assert answer.lower_bound <= score.objective <= answer.lower_bound * (1 + 1.01 * gap)

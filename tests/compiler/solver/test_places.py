@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opweave.compiler.problem import FORBIDDEN, ProblemBuilder, SelectionProblem
+from opweave.compiler.solver import solve
 from opweave.compiler.solver.model import from_problem
-from opweave.compiler.solver.places import solve_places
 from opweave.compiler.solver.places_bound import Relaxation
 from opweave.compiler.solver.places_rows import equal_lines, make_template
 
@@ -77,8 +77,7 @@ def brute_force(problem: SelectionProblem) -> float:
 def check(problem: SelectionProblem) -> str:
     problem.verify()
     best = brute_force(problem)
-    answer = solve_places(problem, gap=1e-6, time_limit_s=60.0)
-    assert answer is not None
+    answer = solve(problem, gap=1e-6, time_limit_s=60.0, engine="places")
     if best == math.inf:
         assert answer.status == "infeasible" and answer.reason
         return answer.status
@@ -140,19 +139,19 @@ def test_both_outcomes_occur() -> None:
 def test_48_layers(room: float) -> None:
     problem = layered(np.random.default_rng(7), 48, room)
     before = time.process_time()
-    answer = solve_places(problem, gap=1e-3, time_limit_s=120.0)
-    assert answer is not None and answer.status == "optimal" and answer.gap <= 1e-3
+    answer = solve(problem, gap=1e-3, time_limit_s=120.0, engine="places")
+    assert answer.status == "optimal" and answer.gap <= 1e-3
     assert problem.evaluate(answer.selection).feasible
     assert time.process_time() - before < 10.0
-    again = solve_places(problem, gap=1e-3, time_limit_s=120.0)
-    assert again is not None and again.selection.tolist() == answer.selection.tolist() and again.lower_bound == answer.lower_bound
+    again = solve(problem, gap=1e-3, time_limit_s=120.0, engine="places")
+    assert again.selection.tolist() == answer.selection.tolist() and again.lower_bound == answer.lower_bound
 
 
 def test_needed_bytes_are_the_leanest() -> None:
     """The reason names the bytes with which the problem has a selection, and fewer leave none."""
     problem = layered(np.random.default_rng(3), 2, 0.02, num_patterns=1)
-    answer = solve_places(problem)
-    assert answer is not None and answer.status == "infeasible"
+    answer = solve(problem, engine="places")
+    assert answer.status == "infeasible"
     found = re.search(r"pool 'device' needs at least (\d+) bytes at time (\d+), its limit is (\d+)", answer.reason)
     assert found is not None
     needed = int(found.group(1))
@@ -167,8 +166,8 @@ def test_forbidden_everywhere() -> None:
     b = ProblemBuilder(pools={"device": 10.0})
     u, v = b.add_node([1.0, 2.0]), b.add_node([1.0, 2.0])
     b.add_edge(u, v, np.full((2, 2), FORBIDDEN))
-    answer = solve_places(b.build())
-    assert answer is not None and answer.reason == "no selection avoids all forbidden entries"
+    answer = solve(b.build(), engine="places")
+    assert answer.reason == "no selection avoids all forbidden entries"
 
 
 @settings(max_examples=100, deadline=None)

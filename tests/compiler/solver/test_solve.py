@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 from opweave.compiler.solver.command import solve_file
-from opweave.compiler.solver.structured import solve_structured
 
 from tests.compiler.solver.problems import brute_force, random_problem
 
@@ -54,8 +53,7 @@ def test_equals_brute_force_often(seed: int, tight: bool) -> None:
 def test_a_node_without_strategies_makes_any_problem_infeasible(seed: int) -> None:
     """The problem itself equals brute force with the engine for structured problems too; with an empty node it has no answer."""
     problem = random_problem(seed, most_nodes=5)
-    best, answer = brute_force(problem), solve_structured(problem, gap=1e-6, time_limit_s=60.0)
-    assert answer is not None
+    best, answer = brute_force(problem), solve(problem, gap=1e-6, time_limit_s=60.0, engine="structured")
     assert (answer.status == "infeasible") == math.isinf(best)
     assert math.isinf(best) or answer.lower_bound - 1e-6 <= best <= answer.objective + 1e-6 <= best + 1e-4
     empty = replace(problem, num_strategies=np.append(problem.num_strategies, 0).astype(np.int32))

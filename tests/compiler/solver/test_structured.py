@@ -7,13 +7,14 @@ import math
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opweave.compiler.problem import FORBIDDEN, SelectionProblem
-from opweave.compiler.solver import structured
+from opweave.compiler.solver import solve, structured
 from opweave.compiler.solver.chain_dual import Dual, Point
 from opweave.compiler.solver.model import from_problem
-from opweave.compiler.solver.structured import solve_structured
+from opweave.compiler.solver.solve import ENGINES
 
 
 def random_problem(seed: int) -> SelectionProblem:
@@ -64,8 +65,7 @@ def brute_force(problem: SelectionProblem) -> float:
 def check(problem: SelectionProblem) -> None:
     problem.verify()
     best = brute_force(problem)
-    answer = solve_structured(problem, gap=1e-6, time_limit_s=20.0)
-    assert answer is not None
+    answer = solve(problem, gap=1e-6, time_limit_s=20.0, engine="structured")
     if best == math.inf:
         assert answer.status == "infeasible" and answer.reason
         return
@@ -129,12 +129,19 @@ def test_no_selection_fits() -> None:
         usage_end=np.array([8, 7]),
         usage_bytes=np.array([4.0, 9.0, 5.0, 8.0]),
     )
-    answer = solve_structured(problem)
-    assert answer is not None and answer.status == "infeasible"
+    answer = solve(problem, engine="structured")
+    assert answer.status == "infeasible"
     assert answer.reason == "pool 'device' needs at least 12 bytes at time 4, its limit is 11"
+
+
+def test_engines_by_name() -> None:
+    problem = SelectionProblem(num_strategies=np.array([2], dtype=np.int32), node_cost=np.array([3.0, 1.0]))
+    assert [solve(problem, engine=name).objective for name in ENGINES] == [1.0] * 3
+    with pytest.raises(ValueError, match="unknown engine 'exact'; the engines are 'auto', 'places', 'structured', 'general'"):
+        solve(problem, engine="exact")
 
 
 def test_too_large_is_left_to_others() -> None:
     num = structured.MOST_NODES + 1
-    problem = SelectionProblem(num_strategies=np.ones(num, dtype=np.int32), node_cost=np.zeros(num))
-    assert solve_structured(problem) is None
+    problem = SelectionProblem(num_strategies=np.full(num, 2, dtype=np.int32), node_cost=np.zeros(2 * num))
+    assert not structured.fits(from_problem(problem))
