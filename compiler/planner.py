@@ -10,6 +10,7 @@ the choice where everything lives (`price_places`). Meshes are taken best bound 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
