@@ -114,7 +114,7 @@ class Lowering:
         self._update_of: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._gradients: set[fx.Node] = set()
         self._infos: dict[fx.Node, GraphInput] = {}
-        self._micro_batches = MicroBatchLowering(self)
+        self.micro_batches = MicroBatchLowering(self)
 
     def run(self) -> LocalProgram:
         """The whole program."""
@@ -138,15 +138,15 @@ class Lowering:
             if is_getitem(node) or op_name(node) == UPDATE:
                 continue
             if is_sum(node):
-                self._micro_batches.add(node)
+                self.micro_batches.add(node)
                 continue
             if node.meta["op"].phase == "update":
-                self._micro_batches.end()
+                self.micro_batches.end()
             self.emit(node)
             for unit in to_park.get(node, ()):
                 self._park(unit)
             updates.after(node)
-        self._micro_batches.end()
+        self.micro_batches.end()
         outputs, ports = self._outputs(updates.finish())
         self.e.graph.output(tuple(outputs))
         self.e.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is micro_batches.end)
@@ -254,6 +254,10 @@ class Lowering:
             self._raw[value, phase] = (piece, layout)
             if not is_sum(node):  # which is not complete before all micro-batches are
                 self.keep(value, phase)
+
+    def made(self, value: fx.Node, local: fx.Node) -> None:
+        """The result of an op of one result, which somebody else has emitted for it."""
+        self._raw[value, value.meta["op"].phase] = (local, self.plan.ops[value].results[0])  # type: ignore[assignment]
 
     def emit(self, node: fx.Node) -> None:
         """Emit an op for the readers of its own phase."""

@@ -1,7 +1,8 @@
 """The part of a program that runs once per micro-batch: when its sums are added to, and where it ends.
 
 A sum is added to as soon as its gradient is there. Where the gradient travels between ranks first, it is added once so much has gathered
-behind it that it has had the time, and at the latest at the end. There each buffer's new value goes to the next micro-batch, and the
+behind it that it has had the time, and at the latest at the end. Of a parameter that the CPU updates the sum is on the host: each
+gradient is sent there, and added when the next one is sent. At the end each buffer's new value goes to the next micro-batch, and the
 sums that are exchanged themselves set out.
 """
 
@@ -16,9 +17,10 @@ import torch
 from torch import fx
 
 from .. import torch_compat
-from ..runtime import collectives, micro_batches
+from ..runtime import collectives, micro_batches, tiers
 from ..runtime.program import STORED_KINDS
-from .micro_batches import gradient_sums
+from .micro_batches import gradient_sums, update_of_sum
+from .residency import HOST, ON_DEVICE
 from .rule import tensor_args
 
 if TYPE_CHECKING:
@@ -40,13 +42,15 @@ class MicroBatchLowering:
         self._sums = gradient_sums(lowering.step)
         self._waiting: deque[fx.Node] = deque()
         self._waiting_bytes = 0.0
+        self._sent: tuple[fx.Node, fx.Node] | None = None  # (sum, what is on its way to it)
+        self.on_host = {total for total in self._sums if self._is_on_host(total)}
         self.is_over = lowering.step.num_micro_batches == 1
 
     def add(self, node: fx.Node) -> None:
         """Emit an `opweave::accumulate`, now or when its operand has arrived."""
         value = tensor_args(node)[0]
         if not self._low.travels(value, node):
-            self._low.emit(node)
+            self._emit(node)
             return
         self._waiting.append(node)
         self._waiting_bytes += self._num_bytes(node)
@@ -59,6 +63,7 @@ class MicroBatchLowering:
             return
         while self._waiting:
             self._add_oldest()
+        self._add_sent()
         low, step = self._low, self._low.step
         brought = tuple(info.name for info in step.inputs if info.kind not in STORED_KINDS)
         buffers = [info.fqn for info in step.outputs if info.kind == "buffer"]
@@ -66,13 +71,37 @@ class MicroBatchLowering:
         old = {low.info(node).fqn: node for node in low.inputs("buffer")}
         low.e.op(micro_batches.end, brought, [low.local_input(old[fqn]) for fqn in new], list(new.values()))
         self.is_over = True
-        for total in self._sums:
+        for total in (total for total in self._sums if total not in self.on_host):
             low.keep(total, "bwd")
 
     def _add_oldest(self) -> None:
         node = self._waiting.popleft()
         self._waiting_bytes -= self._num_bytes(node)
-        self._low.emit(node)
+        self._emit(node)
+
+    def _emit(self, node: fx.Node) -> None:
+        if node not in self.on_host:
+            self._low.emit(node)
+            return
+        self._add_sent()
+        local = self._low.get(self._sums[node], "bwd", self._low.plan.ops[node].operands[0])
+        self._sent = (node, self._low.e.op(tiers.offload, local, HOST))
+
+    def _add_sent(self) -> None:
+        if self._sent is None:
+            return
+        node, sent = self._sent
+        self._sent = None
+        e = self._low.e
+        self._low.made(node, e.op(tiers.add_up, e.op(tiers.settle, sent)))
+
+    def _is_on_host(self, total: fx.Node) -> bool:
+        """Whether the CPU updates the parameter, with gradients in the layout of the sum."""
+        plan, op = self._low.plan, update_of_sum(total)
+        if op is None or plan.state.get(tensor_args(op)[0], ON_DEVICE).update != HOST:
+            return False
+        layout = plan.ops[total].results[0]
+        return layout == plan.ops[op].operands[1] == plan.kept.get(total, layout)
 
     def _num_bytes(self, node: fx.Node) -> float:
         spec = self._low.spec(node, self._low.plan.ops[node].operands[0])

@@ -134,8 +134,9 @@ class UpdateQueue:
         self._start_sent()
         grads = []
         for op in ops:
-            local = self._low.get(tensor_args(op)[1], "update", self._plan.ops[op].operands[1])
-            grads.append(self._low.e.op(tiers.offload, local, HOST))
+            grad = tensor_args(op)[1]
+            local = self._low.get(grad, "update", self._plan.ops[op].operands[1])
+            grads.append(local if grad in self._low.micro_batches.on_host else self._low.e.op(tiers.offload, local, HOST))
         self._sent = (key, ops, fqns, grads)
 
     def _start_sent(self) -> None:
@@ -143,7 +144,7 @@ class UpdateQueue:
             return
         (kind, group, place), ops, fqns, sent = self._sent
         self._sent = None
-        grads = [self._low.e.op(tiers.settle, grad) for grad in sent]
+        grads = [self._low.e.op(tiers.settle, grad) if grad.target is tiers.offload else grad for grad in sent]
         params = [self._low.local_input(tensor_args(op)[0]) for op in ops]
         states = [[self._low.local_input(slot) for slot in tensor_args(op)[2:]] for op in ops]
         started = self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())

@@ -17,7 +17,7 @@ from torch import fx
 
 from .capture_tree import batch_tensors, map_tensors
 from .rule import tensor_args
-from .rule_table import ACCUMULATE, op_name
+from .rule_table import ACCUMULATE, UPDATE, op_name
 from .step_graph import StepGraph
 
 if TYPE_CHECKING:
@@ -83,6 +83,12 @@ def gradient_sums(step: StepGraph) -> dict[fx.Node, fx.Node]:
     """The sums of gradients over the micro-batches, each with what one micro-batch adds to it. None where there is one batch."""
     loss = step.output_values("loss")
     return {node: tensor_args(node)[0] for node in step.ops if is_sum(node) and node not in loss}
+
+
+def update_of_sum(total: fx.Node) -> fx.Node | None:
+    """The update that alone reads a sum of gradients; None where something else does too, or first (clipping)."""
+    readers = list(total.users)
+    return readers[0] if len(readers) == 1 and op_name(readers[0]) == UPDATE else None
 
 
 def num_runs(step: StepGraph, phase: str) -> int:

@@ -15,6 +15,7 @@ an earlier block would have to make again.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ import numpy as np
 from torch import fx
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.transfers import cpu_update_seconds, transfer_coefficients
+from ..cost_model.transfers import cpu_add_seconds, cpu_update_seconds, transfer_coefficients
 from .choices import Choice
 from .layout import num_pieces
 from .lower_updates import due_after
+from .micro_batches import is_sum, update_of_sum
 from .place_recipes import AUTO, DROP, place_restriction
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
 from .rule import tensor_args
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 CPU = "cpu"
 _FORBIDDEN = float("inf")
 _LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
+# Bits of a size class: pieces of what the update works on, of what is stored, of a sum over micro-batches.
+_UPDATE, _STORED, _SUM, _MASK = 0, 20, 40, (1 << 20) - 1
 _NEVER_FREE = 0.01  # share of a hidden copy's seconds that counts all the same: of plans that hide all they move, the one that moves least
 
 # What a tier's copies occupy, per direction; the disk reads and writes through one path.
@@ -79,6 +83,9 @@ class PlacePricer:
         self._num_runs = pricer.num_runs("bwd")  # of what happens in forward and backward passes
         self.units = self._worth_deciding()
         self.params = dict(self._large_parameters())
+        # Parameters whose gradient is summed over micro-batches, for their update alone.
+        sums = {param: tensor_args(op)[1] for param, op in self.params.items()}
+        self.sums = {param: total for param, total in sums.items() if is_sum(total) and update_of_sum(total) is not None}
         self.due = {op: self._order[node] for node, ops in due_after(self.uses, {}).items() for op in ops}
         self.gradient_end = {tensor_args(op)[1]: at + 1 for op, at in self.due.items()}
         self._nodes: dict[fx.Node, PlaceNode] = {}
@@ -179,8 +186,9 @@ class PlacePricer:
             self._tie_sizes(op, None, node, op, recomputed=True)
         self._unit_memory(unit, node, local)
 
-    def _add(self, member: fx.Node, options: list, streams: dict[str, np.ndarray]) -> PlaceNode:
-        costs = np.zeros(len(options)) + sum(_NEVER_FREE * seconds for seconds in streams.values())
+    def _add(self, member: fx.Node, options: list, streams: dict[str, np.ndarray], exposed: np.ndarray | float = 0.0) -> PlaceNode:
+        """exposed: seconds that count in full."""
+        costs = np.zeros(len(options)) + exposed + sum(_NEVER_FREE * seconds for seconds in streams.values())
         index = self._pricer.builder.add_node(costs, {k: v for k, v in streams.items() if np.any(v)} or None)
         node = self._nodes[member] = PlaceNode(index, member, options)
         return node
@@ -254,19 +262,23 @@ class PlacePricer:
         stored, update = self._graph.input_choice[param], self._graph.op_choice[op]
         p_pieces = np.array([num_pieces(layout, self._graph.mesh) for layout in stored.options])
         s_pieces = np.array([num_pieces(s.operands[0], self._graph.mesh) for s in update.options])
-        pairs = [(int(p), int(s)) for p in sorted(set(p_pieces.tolist())) for s in sorted(set(s_pieces.tolist()))]
+        ties = [(stored, p_pieces, _STORED), (update, s_pieces, _UPDATE)]
+        if param in self.sums:
+            summing = self._graph.op_choice[self.sums[param]]
+            ties.append((summing, np.array([num_pieces(s.results[0], self._graph.mesh) for s in summing.options]), _SUM))
+        classes = [[int(n) << shift for n in sorted(set(pieces.tolist()))] for _, pieces, shift in ties]
         # The CPU updates a parameter where it is stored, so in the layout it is stored in.
-        places = self._state_places()
-        options = [(p * (1 << 20) + s, place) for p, s in pairs for place in places if place.update == DEVICE or p == s]
+        sizes, places = [sum(parts) for parts in itertools.product(*classes)], self._state_places()
+        options = [(c, pl) for c in sizes for pl in places if pl.update == DEVICE or c >> _STORED & _MASK == c & _MASK]
         num_elements = param.meta["val"].numel()
-        p_bytes = num_elements * param.meta["val"].element_size() / np.array([c >> 20 for c, _ in options])
-        share = np.array([c & ((1 << 20) - 1) for c, _ in options])
+        p_bytes = num_elements * param.meta["val"].element_size() / _pieces(options, _STORED)
+        share = _pieces(options, _UPDATE)
         s_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in tensor_args(op)[2:]) / share
         early = op in self.due
-        streams = self._state_streams(options, p_bytes, s_bytes, num_elements / share, early)
-        node = self._add(param, options, streams)
-        for choice, pieces, shift in ((stored, p_pieces, 20), (update, s_pieces, 0)):
-            fits = pieces[:, None] == ((np.array([c for c, _ in options]) >> shift) & ((1 << 20) - 1))[None, :]
+        streams, exposed = self._state_streams(options, p_bytes, s_bytes, num_elements / share, early)
+        node = self._add(param, options, streams, exposed)
+        for choice, pieces, shift in ties:
+            fits = pieces[:, None] == _pieces(options, shift)[None, :]
             cost = np.where(fits, 0.0, _FORBIDDEN)
             if choice is update:
                 saved = self._pricer.op_costs[update.index][:, None] * np.array([pl.update == HOST for _, pl in options])[None, :]
@@ -274,33 +286,41 @@ class PlacePricer:
             if np.any(cost):
                 self._pricer.builder.add_edge(choice.index, node.index, cost)
         self._state_memory(param, op, node, p_bytes, s_bytes)
+        if param in self.sums:
+            g_bytes, on_host = num_elements * param.meta["val"].element_size() / _pieces(options, _SUM), _summed_on_host(options)
+            self._use(node, DEVICE, 0, self._end, g_bytes * ~on_host)
+            self._use(node, HOST, 0, self._end, g_bytes * on_host)
 
     def _state_streams(
         self, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray, early: bool
-    ) -> dict[str, np.ndarray]:
-        """Seconds per stream and option: parameters come in for every forward and backward pass, and once more for a late update."""
-        streams: dict[str, np.ndarray] = {}
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | float]:
+        """(seconds per stream and option, seconds that nothing hides): parameters come in for every forward and backward pass, and once
+        more for a late update. Behind several micro-batches there is no computation left to hide anything; streams run side by side."""
+        during: dict[str, np.ndarray] = {}
+        behind: dict[str, np.ndarray] = during if self._num_runs == 1 else {}
+        summed_on_host = _summed_on_host(options)
 
-        def add(name: str, seconds: np.ndarray) -> None:
+        def add(streams: dict[str, np.ndarray], name: str, seconds: np.ndarray) -> None:
             streams[name] = streams.get(name, 0.0) + seconds
 
         for tier in self._tiers:
             p_off = np.array([pl.param == tier for _, pl in options])
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
             on_cpu = np.array([pl.update == tier for _, pl in options])
-            passes = 2 * self._num_runs
-            fetches = passes + (0 if early else 1)
-            add(STREAMS[tier, "in"], self._copy_s(tier, "in", p_bytes * p_off) * (passes * on_cpu + fetches * ~on_cpu))
-            add(STREAMS[tier, "in"], self._copy_s(tier, "in", s_bytes * s_off))
-            add(STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off) + self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
-            add(STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * on_cpu))  # the gradient
+            fetched, gradient = self._copy_s(tier, "in", p_bytes * p_off), self._copy_s(tier, "out", p_bytes * on_cpu)
+            add(during, STREAMS[tier, "in"], 2 * self._num_runs * fetched)
+            add(during, STREAMS[tier, "out"], self._num_runs * gradient * summed_on_host)
+            add(behind, STREAMS[tier, "in"], (0 if early else 1) * fetched * ~on_cpu + self._copy_s(tier, "in", s_bytes * s_off))
+            add(behind, STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off))
+            add(behind, STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu) + gradient * ~summed_on_host)
             if on_cpu.any():
-                add(CPU, np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0))
-        return streams
+                add(during, CPU, (self._num_runs - 1) * cpu_add_seconds(1.0, self._cluster) * p_bytes * summed_on_host)
+                add(behind, CPU, np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0))
+        return during, 0.0 if behind is during else np.max([0.0 * p_bytes, *behind.values()], axis=0)
 
     def _state_memory(self, param: fx.Node, op: fx.Node, node: PlaceNode, p_bytes: np.ndarray, s_bytes: np.ndarray) -> None:
         places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
-        at = self.due.get(op, self._end - 1)
+        at = self.due.get(op, self._order[op])
         self._use(node, DEVICE, 0, self._end, p_bytes * np.array([pl.param == DEVICE for pl in places]))
         self._use(node, DEVICE, 0, self._end, s_bytes * np.array([pl.state == DEVICE for pl in places]))
         self._use(node, DEVICE, at, at + 1, s_bytes * np.array([pl.state != DEVICE and pl.update == DEVICE for pl in places]))
@@ -309,25 +329,35 @@ class PlacePricer:
             s_off = s_bytes * np.array([pl.state == tier for pl in places])
             self._use(node, tier, 0, self._end, p_off + s_off)
             back = float(self._copy_s(tier, "in", p_bytes).max())
-            for start, end in self._windows(param, at):
+            for start, end in self._windows(param, self.due.get(op)):
                 self._use(node, DEVICE, min(start, self._at(self._clock[start] - back)), end, p_off)
+            if op not in self.due:
+                self._use(node, DEVICE, at, at + 1, p_off * np.array([pl.update == DEVICE for pl in places]))
 
-    def _windows(self, param: fx.Node, update_at: int) -> list[tuple[int, int]]:
-        """Positions between which a parameter is there, per phase: forward, backward with an early update, late update."""
+    def _windows(self, param: fx.Node, update_at: int | None) -> list[tuple[int, int]]:
+        """Positions between which a parameter is there, per phase: forward, and backward with an early update."""
         out = []
         users = self.uses.readers_of_inputs.get(param, [])
         for phase in ("fwd", "bwd"):
             at = [self._order[op] for op in users if op.meta["op"].phase == phase]
             if at:
                 end = max(at) + 1
-                if phase == "bwd" and update_at < self._end - 1:
+                if phase == "bwd" and update_at is not None:
                     end = max(end, update_at + 1)
                 out.append((min(at), end))
-        if update_at >= self._end - 1:
-            out.append((self._end - 1, self._end))
         return out
 
 
 def _is(options: Sequence[tuple[int, object]], place: str) -> np.ndarray:
     """bool[options]: those of a place."""
     return np.array([p == place for _, p in options])
+
+
+def _pieces(options: Sequence[tuple[int, object]], shift: int) -> np.ndarray:
+    """int[options]: number of pieces, of the part of the size class that begins at a bit."""
+    return np.array([c >> shift & _MASK for c, _ in options])
+
+
+def _summed_on_host(options: Sequence[tuple[int, StatePlace]]) -> np.ndarray:
+    """bool[options]: whether micro-batches add up on the host: the CPU updates, and what one of them adds is what the update takes."""
+    return np.array([pl.update == HOST and c >> _SUM & _MASK == c & _MASK for c, pl in options])

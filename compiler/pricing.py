@@ -354,7 +354,7 @@ class Pricer:
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
         if aliased_operand(node) is not None or op_name(node) == UPDATE:
             return
-        if self._places is not None and node in self._places.units:
+        if self._places is not None and (node in self._places.units or node in self._places.sums.values()):
             return
         choice = self.graph.op_choice[node]
         at = self._order[node]

@@ -24,7 +24,7 @@ from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
 from ..cost_model.work import op_class as work_class
-from ..runtime import collectives, micro_batches, update
+from ..runtime import collectives, micro_batches, tiers, update
 from ..runtime.communicator import Communicator, DirectTransport, NativeTransport
 from ..runtime.groups import PaperGroups
 from ..runtime.meta_ops import MetaOps
@@ -167,6 +167,8 @@ def _fake_call(target: Any, starts: Mapping[Any, Any], args: Any, kwargs: dict[s
         return torch.empty_like(args[0])
     if target is micro_batches.end:
         return None
+    if target is tiers.add_up:
+        return args[0]
     if target is update.fused_update:
         return update.update_on_paper(*args)
     return (ops.of(target) if ops is not None else target)(*args, **kwargs)
@@ -300,7 +302,7 @@ class _Writer:
         if target in collectives.STARTS:
             kind = target.__name__.removesuffix("_bucket")
             return COLLECTIVES, self._collective_seconds(kind, node), kind
-        if target in timeline_tiers.STARTS:
+        if target in timeline_tiers.STARTS or target is tiers.add_up:
             return timeline_tiers.price(target, self._arguments(node), self.cluster)
         if target in timeline_tiers.WAITS:
             return COMPUTE, 0.0, "wait"

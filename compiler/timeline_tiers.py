@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.transfers import cpu_update_seconds, transfer_seconds
+from ..cost_model.transfers import cpu_add_seconds, cpu_update_seconds, transfer_seconds
 from ..runtime import tiers
 from .price_places import CPU, DIRECTIONS, STREAMS
 
@@ -56,7 +56,9 @@ def copied_bytes(target: Any, args: tuple[Any, ...]) -> int:
 
 
 def price(target: Any, args: tuple[Any, ...], cluster: Cluster) -> tuple[str, float, str]:
-    """(stream, seconds, class) of a start; args: the values it is called with."""
+    """(stream, seconds, class) of a start, or of what the CPU adds up; args: the values it is called with."""
+    if target is tiers.add_up:
+        return CPU, cpu_add_seconds(args[0].num_bytes, cluster), "host_update"
     if target is tiers.host_update:
         return CPU, cpu_update_seconds(sum(p.shape_numel for p in args[0]), cluster), "host_update"
     if target is tiers.fetch:

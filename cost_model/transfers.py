@@ -38,6 +38,11 @@ def cpu_update_seconds(num_elements: float, cluster: Cluster) -> float:
     return num_elements * cluster.devices_per_node / cluster.host.update_elements_per_s
 
 
+def cpu_add_seconds(num_bytes: float, cluster: Cluster) -> float:
+    """Seconds to add `num_bytes` of one device to a sum on the host (two reads, one write), all devices of the node doing so at once."""
+    return 3 * num_bytes * cluster.devices_per_node / cluster.host.memory_bandwidth_bytes_per_s
+
+
 def device_update_seconds(num_elements: float, cluster: Cluster) -> float:
     """Seconds of the fused optimizer on the device: measured elements per second, else 28 bytes per element at the memory's bandwidth."""
     device = cluster.device

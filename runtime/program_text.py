@@ -22,6 +22,7 @@ from .. import torch_compat
 from . import collectives, micro_batches, tiers
 
 Overwrites = dict[fx.Node, dict[int, fx.Node]]  # as `reuse.gathers_in_place` returns
+_SUMS = (micro_batches.accumulate, tiers.add_up)  # their first argument is what they yielded in the round before
 _INLINE = (int, bool, type(None))  # constants written into the text as they are
 
 
@@ -145,7 +146,7 @@ class _Writer:
         if node.target is operator.getitem:
             return f"{self._value(node.args[0])}[{self._value(node.args[1])}]"
         args = [self._value(arg) for arg in node.args]
-        if node.target is micro_batches.accumulate:
+        if node.target in _SUMS:
             args = [self._name(node), *args]
         kwargs = [f"{name}={self._value(value)}" for name, value in node.kwargs.items()]
         target = self._constant(node.target)
@@ -233,7 +234,7 @@ class _Loop:
         brought = [node for node in order if node.op == "placeholder" and node.name in names]  # type: ignore[operator]
         fleeting = {*inside, *brought}
         last = {node for at in (*inside, end) for node in dying.get(at, ())}
-        sums = [node for node in inside if node.target is micro_batches.accumulate]
+        sums = [node for node in inside if node.target in _SUMS]
         made_anew = [node for node in inside if node.users and node not in last and node not in sums]
         deletable = {at: [node for node in nodes if node in fleeting] if at in fleeting else nodes for at, nodes in dying.items()}
         kept = [node for node in last if node not in fleeting or node in dying.get(end, ())]

@@ -5,6 +5,7 @@
     fetch(parked) -> Fetching        a copy into a new device tensor has started; any number of times
     arrive(fetching) -> tensor       that tensor, complete
     write_back(parked, x) -> Parking     overwrite what is stored; settle gives the Parked of the same place
+    add_up(total, parked) -> Parked      the sum over micro-batches so far with one more (`micro_batches.accumulate` on the tier "host")
     host_update(params, grads, states, ...) -> Updating     the optimizer on the CPU, in place on tensors of the tier "host"
     updated(updating) -> [Parked]    parameters, then states, as `update.fused_update` returns them
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating",
-    "arrive", "fetch", "host_update", "offload", "settle", "updated", "write_back",
+    "add_up", "arrive", "fetch", "host_update", "offload", "settle", "updated", "write_back",
 ]  # fmt: skip
 
 
@@ -63,6 +64,12 @@ def fetch(parked: Parked) -> Any:
 def write_back(parked: Parked, x: torch.Tensor) -> Any:
     """Start overwriting a stored tensor with `x`, of its shape and dtype."""
     raise _unbound("write_back")
+
+
+def add_up(total: Parked | None, parked: Parked) -> Parked:
+    """Start adding to the sum of the micro-batches so far, in place. total: None at the first one, whose memory becomes the sum's; in a
+    graph it is not written, the text of the program puts it in."""
+    raise _unbound("add_up")
 
 
 def host_update(
@@ -150,6 +157,7 @@ class TierStore:
             offload: self.offload,
             fetch: self.fetch,
             write_back: self.write_back,
+            add_up: self.add_up,
             host_update: functools.partial(self.host_update, updater),
         }
 
@@ -222,6 +230,23 @@ class TierStore:
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
+    def add_up(self, total: Parked | None, parked: Parked) -> Parked:
+        """See the function of this name."""
+        if total is None or total.device.type == "meta":
+            return parked if total is None else total
+        into, place = total.place, parked.place
+        before = [copy for copy in (into.writing, place.writing) if copy is not None]
+
+        def run() -> None:
+            for copy in before:
+                copy.wait()  # raises where what is summed has not arrived
+            into.tensor.add_(place.tensor)
+
+        work = self._updates.submit(run, [*into.copies, *place.copies])
+        into.written_by(work)
+        place.read_by(work)
+        return total
+
     def host_update(
         self,
         updater: Updater | None,
@@ -245,8 +270,9 @@ class TierStore:
 
         def run() -> None:
             for grad in grads:
-                if isinstance(grad, Parking) and grad.copy is not None:
-                    grad.copy.wait()  # raises where the gradient has not arrived
+                copy = grad.copy if isinstance(grad, Parking) else grad.place.writing
+                if copy is not None:
+                    copy.wait()  # raises where the gradient has not arrived
             if loss_ready is not None:
                 loss_ready.synchronize()
             assert updater is not None, "an update of data has an updater"

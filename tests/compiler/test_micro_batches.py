@@ -30,8 +30,10 @@ from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import step_inputs
 from opweave.cost_model.cluster import Cluster, Link
-from opweave.runtime import collectives, micro_batches
+from opweave.runtime import collectives, micro_batches, tiers
 from opweave.runtime.dry_run import dry_run
+from opweave.runtime.execute import Executor
+from opweave.runtime.groups import AxisGroups
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.sharding import unravel
 from opweave.runtime.state import ProgramState
@@ -310,6 +312,47 @@ def test_random_places(name, mesh):
             mixed.state[param] = place if updatable(mixed, param, place) else replace(place, update="device")
         found, values = in_lockstep(model, batch, analysis, mixed)
         assert found == losses and [key for key in expected if not torch.equal(values[key], expected[key])] == []
+
+
+def all_updated_on_the_cpu(num: int) -> Any:
+    """(model, batch, analysis, assignment) of one device whose parameters and state are all on the host."""
+    model, batch = load("mlp-tiny")
+    analysis = analyse(capture(model, batch, optimizer=adamw(model), accumulate=num))
+    plan = plan_step(analysis, Cluster.resolve(ONE), mesh=(1,))
+    assignment = plan.assignment(analysis.step, analysis.factors)
+    assignment.state = {param: StatePlace(HOST, HOST, HOST) for param, _ in Uses(analysis.step).parameters()}
+    return model, batch, analysis, assignment
+
+
+@pytest.mark.parametrize("num_io_threads", [0, 2])
+def test_gradients_add_up_where_they_are_used(num_io_threads):
+    """Of parameters that the CPU updates the sums are on the host, and so are not on the device."""
+    model, batch, analysis, assignment = all_updated_on_the_cpu(4)
+    losses, expected = eager_loop(copy.deepcopy(model), batch, 4)
+    program = lower(analysis.step, analysis.factors, assignment, optimizer="AdamW")
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(tiers.add_up) == len(list(model.parameters())) and targets.count(micro_batches.accumulate) == 1  # the loss
+    executor = Executor(program, AxisGroups((1,)), optimizer=adamw(model), tiers=tiers.TierOptions(num_io_threads=num_io_threads))
+    executor.state = ProgramState.from_model(program, model, (0,), store=executor.store)
+    assert [float(executor.run(step_inputs(analysis, batch, 0, i))[0]) for i in range(STEPS)] == losses
+    values = {fqn: executor.state.value((kind, fqn, slot)) for kind, fqn, slot in program.stored if kind == "param"}
+    assert all(torch.equal(value, expected[fqn]) for fqn, value in values.items())
+    on_paper = dry_run(lower(analysis.step, analysis.factors, assignment, device="meta", optimizer="AdamW"))
+    assert executor.memory.pools == on_paper.pools
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert executor.memory.pools["host"] >= 4 * num_bytes > 2 * executor.memory.pools["device"], "parameters, two states and the sums"
+    executor.close()
+
+
+def test_sums_on_the_host_are_planned():
+    """A device that cannot hold the sums of the gradients beside the rest, on a machine whose CPU has room."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))), torch.randn(16, 256)
+    given = {"optimizer": adamw(model), "loss_fn": lambda m, b: m(b).square().mean(), "accumulate": 4}
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    plan = ow.plan(model, "dgx-a100-640:1", batch, memory_limit=f"device={num_bytes},host=1GiB", **given)
+    assert plan.predicted["peak_bytes"]["device"] <= num_bytes and plan.predicted["peak_bytes"]["host"] > 3.5 * num_bytes
+    assert any("update host" in place for place in plan.state)
 
 
 # -- memory and time ------------------------------------------------------------------------------------------------------
