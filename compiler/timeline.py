@@ -89,7 +89,7 @@ def timeline_of_plan(
 
     stage: entered around "capture", "lowering" and "prices"."""
     with stage("capture"):
-        made_with = {"autocast": plan.autocast_dtype, "accumulate": plan.accumulate}
+        made_with: dict[str, Any] = {"autocast": plan.autocast_dtype, "accumulate": plan.accumulate}
         analysis = analyse(capture(model, batch, loss_fn=loss_fn, optimizer=optimizer, **made_with))
         plan.check(analysis.step)
     with stage("lowering"):
