@@ -228,21 +228,31 @@ class _Writer:
         self.num_runs = program.num_micro_batches  # of the instructions that are written now
 
     def write(self) -> Timeline:
-        resident = [
-            buffer
-            for node in self.program.graph.nodes
-            if node.target is micro_batches.accumulate  # there since the first micro-batch
-            for buffer in self._buffers(node, "summed gradients")
-        ]
+        resident = self._from_earlier_micro_batches()
         ports = {port.name: port for port in self.program.inputs}
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node.name in ports:
                 resident += self._buffers(node, ports[node.name].kind)
             elif node.target is micro_batches.end:
                 self.num_runs = 1
+                self._free_carried(node)
             elif node.op == "call_function":
                 self._instruction(node)
         return Timeline(instructions=self.instructions, resident=resident, held_bytes=self.held)
+
+    def _from_earlier_micro_batches(self) -> list[Buffer]:
+        """What a micro-batch that is not the first finds: the sums, and buffers as the one before has left them."""
+        out: list[Buffer] = []
+        for node in self.program.graph.nodes:
+            if node.target is micro_batches.accumulate:
+                out += self._buffers(node, "summed gradients")
+            elif node.target is micro_batches.end:
+                out += [Buffer(f"carried {new.name}", POOL, _num_bytes([self.values[new]]), "buffer") for new in node.args[2]]
+        return out
+
+    def _free_carried(self, end: fx.Node) -> None:
+        last = self.instructions[-1]
+        self.instructions[-1] = last._replace(frees=last.frees + tuple(f"carried {new.name}" for new in end.args[2]))  # type: ignore[union-attr]
 
     def _last_uses(self) -> dict[int, fx.Node]:
         """Storage → the node after which nothing refers to it; stored and returned ones are not in it."""

@@ -146,3 +146,16 @@ def test_time_grows_with_the_number_of_instructions(demand):
         return time.process_time() - begin
 
     assert min(seconds(40_000) for _ in range(2)) < 24 * min(seconds(5_000) for _ in range(2))
+
+
+def test_micro_batches_are_simulated_once():
+    each = [op("f", 2, num_runs=4), op("reduce", 3, "comm", [0], num_runs=4), op("g", 1, num_runs=4)]
+    once = [op("update", 5, waits=[1])]
+    result = simulate(each + once)
+    assert result.step_time_s == 4 * 5 + 5, "every micro-batch begins when the last one has ended on all streams"
+    assert result.busy_s == {"compute": 4 * 3 + 5, "comm": 12} and result.exposed_s == {"comm": 4 * 2}
+    assert seconds_per_class(each + once, result) == {"compute": 4 * 3 + 5, "comm": 12}
+    unrolled = simulate([item._replace(num_runs=1, waits=()) for item in each[:1] * 4] + [op("update", 5)])
+    assert simulate([each[0], op("update", 5)]).step_time_s == unrolled.step_time_s
+    with pytest.raises(ValueError, match=r"instruction 1 \(late\) runs 3 times"):
+        simulate([op("a", 1), op("late", 1, num_runs=3)])
