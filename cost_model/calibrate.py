@@ -10,6 +10,7 @@ Collectives are the runtime's, handed in as `Communication`, and so are its own 
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -130,10 +131,11 @@ def op_sample(row: measure.Row, device: torch.device, budget_s: float, functions
 
 
 def _turns_sample(device: torch.device) -> float:
-    """How many ranks share a core, as measured; 1 on a device of their own."""
+    """How many ranks share a core, as measured; 1 on a device of their own. Ranks begin and end a little apart, and the last one has its
+    core for itself, so what is measured is now and then below what there must be."""
     barrier()
     found = mean(measure.turns()) if device.type == "cpu" and measure.crowded() else None
-    return max(1.0, found or 1.0)
+    return max(1.0, measure.local_ranks() / measure.cores(), found) if found else 1.0
 
 
 def _view_sample(budget_s: float) -> float | None:
@@ -187,20 +189,23 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
     """Seconds that a collective adds to a piece of computation in front of it, mean over ranks.
 
     In a step ranks come from computing: they are not quite in step, and where they share cores some of them still compute while others
-    wait. So what is timed is a series of both, from barrier to barrier, less a series of the computation alone.
+    wait. So what is timed is a series of both, from barrier to barrier, less a series of the computation alone. What is sent was made a
+    while ago: tensors take turns, and the computation goes over some memory.
     """
-    tensor = _tensor(kind, num_bytes, group, device)
-    work = torch.rand(128, 128, device=device)
+    copies = max(1, min(16, measure.ROTATE_BYTES // num_bytes))
+    tensors = itertools.cycle([_tensor(kind, num_bytes, group, device) for _ in range(copies)])
+    work, memory = torch.rand(128, 128, device=device), torch.zeros(measure.PASS_BYTES // 4, device=device)
     series = 5 if num_bytes <= 1 << 18 else 2
 
     def seconds(communicate: bool) -> float:
         barrier()
         begin = time.perf_counter()
         for _ in range(series):
+            memory.add_(1.0)
             torch.mm(work, work)
             torch.mm(work, work)
             if communicate:
-                wires.wait(wires.start(kind, tensor))
+                wires.wait(wires.start(kind, next(tensors)))
         _synchronise(device)
         barrier()
         return (time.perf_counter() - begin) / series
