@@ -32,6 +32,7 @@ def measure(models: Sequence[str], clusters: Path) -> dict[str, Any]:
     """The result file: the device, what the calibration says of itself, rows, and their errors."""
     rows = prediction.run(1, models, clusters)
     cluster = Cluster.load(clusters / "cluster-1.json")
+    prediction.forget(clusters)
     found = prediction.summary(rows)
     return {
         "environment": {**prediction.environment(), "device": cluster.device.name},

@@ -1,20 +1,25 @@
 """Predicted against measured step time: models x plans on the ranks of this machine, each plan's simulation beside its run.
 
     python -m bench.prediction --json [--ranks 1,2,4] [--models opt,resnet] [-o bench/results/prediction.json] [--plot docs/prediction.png]
+                               [--clusters FOLDER]
 
 For each number of ranks the runner starts `torchrun` with gloo and one thread per rank; the job calibrates (unless --clusters has its
 file already), then trains. Where the system allows it (root on Linux) all of it runs under the real-time scheduler, so that other programs
 on the machine take little part. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's
 with the calibrated prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
 
+FOLDER keeps the cluster files, for planning and for later runs, and the rows of models that are done until the result is written: a run
+that was interrupted goes on from there when the same command is given again.
+
 predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
 rank's step, as calibration takes it, for other programs only ever add.
 The plans of a model take turns in one process group, so that what else the machine does meets all alike; before each timed step a plan
 takes one untimed step, which puts its own data into the caches. noise: how much the two halves of the rounds differ.
 
-Summary. error: |predicted / measured - 1| over all rows. kendall_tau: per model and number of ranks, over pairs of plans whose measured
-times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the fastest plan, worst
-and median over models. calibration_gain: measured time of "datasheet" over that of "auto" where the two plans differ.
+Summary. error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran
+a few ops before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs
+of plans whose measured times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the
+fastest plan, worst and median over models. calibration_gain: measured time of "datasheet" over that of "auto" where the two plans differ.
 """
 
 from __future__ import annotations
@@ -41,23 +46,30 @@ import torch.distributed as dist
 
 import opweave as ow
 from opweave import calibration
+from opweave.compiler.analyse import Analysis, analyse
+from opweave.compiler.capture import capture
+from opweave.compiler.plan import Plan
+from opweave.compiler.planner import plan_step
 from opweave.compiler.timeline import timeline
-from opweave.compiler.training_step import TrainingStep, plan_text
+from opweave.compiler.training_step import StepOptions, TrainingStep, plan_text
 from opweave.cost_model.calibrate import Options
 from opweave.cost_model.cluster import Cluster
 from opweave.host_memory import keep_freed_memory
+from opweave.runtime.groups import on_first_rank
 
 from . import prediction_models
+from .speed import Speed
 
 GOALS = {"median_error": 0.10, "p90_error": 0.25, "kendall_tau": 0.8, "picked_vs_best": 1.05}
 FORCED = ("ddp", "zero3", "megatron")
-ROUNDS, STEPS_PER_ROUND = 8, 1
+ROUNDS, STEPS_PER_ROUND = 6, 1
+PLANNING_S = 10.0
 LEAST_NOISE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One plan of one model. planned_s: what the planner's sum said, before simulation. same_as: a plan with the same decisions."""
+    """One plan of one model. planned_s: what the plan says. same_as: a plan with the same decisions. drift: see `speed`."""
 
     model: str
     plan: str
@@ -68,19 +80,26 @@ class Row:
     noise: float
     mesh: str
     same_as: str | None = None
+    drift: float = 1.0
 
     @property
     def error(self) -> float:
         return self.predicted_s / self.measured_s - 1
 
+    @property
+    def error_less_drift(self) -> float:
+        return self.predicted_s * self.drift / self.measured_s - 1
+
 
 # -- in the job's processes ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of_model(name: str, cluster: Cluster) -> list[Row]:
+def rows_of_model(name: str, cluster: Cluster, speed: Speed | None = None) -> list[Row]:
     """All plans of one model on this job's ranks. All ranks call it."""
     steps = _single(name, cluster) if cluster.num_devices == 1 else _plans(name, cluster)
+    before = speed.drift() if speed is not None else 1.0
     times = take_turns([(step, batch) for _, step, batch in steps])
+    drift = statistics.fmean([before, speed.drift()]) if speed is not None else 1.0
     rows: list[Row] = []
     seen: dict[str, str] = {}
     for (plan, step, _), found in zip(steps, times, strict=True):
@@ -92,7 +111,7 @@ def rows_of_model(name: str, cluster: Cluster) -> list[Row]:
                 model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
                 predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
                 noise=abs(_quintile(found[:half]) / _quintile(found[half:]) - 1), mesh="x".join(map(str, step.plan.mesh)),
-                same_as=None if same == plan else same,
+                same_as=None if same == plan else same, drift=drift,
             )
         )  # fmt: skip
     return rows
@@ -102,22 +121,38 @@ def _quintile(times: Sequence[float]) -> float:
     return sorted(times)[len(times) // 5]
 
 
-def _prepared(name: str, cluster: Cluster, force: str | None = None, batch_size: int | None = None) -> tuple[TrainingStep, Any]:
-    model, batch = prediction_models.load(name, batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return ow.compile(model, cluster, optimizer=optimizer, force=force).prepare(batch), batch
-
-
 def _single(name: str, cluster: Cluster) -> list[tuple[str, TrainingStep, Any]]:
+    """Three batch sizes."""
     usual = prediction_models.BY_NAME[name].batch_size
-    return [(f"batch {size}", *_prepared(name, cluster, batch_size=size)) for size in (usual // 2, usual, 2 * usual)]
+    found = []
+    for size in (usual // 2, usual, 2 * usual):
+        model, batch = prediction_models.load(name, size)
+        found.append((f"batch {size}", ow.compile(model, cluster, optimizer=_optimizer(model)).prepare(batch), batch))
+    return found
 
 
 def _plans(name: str, cluster: Cluster) -> list[tuple[str, TrainingStep, Any]]:
-    found = [(force, *_prepared(name, cluster, force)) for force in FORCED]
-    found.append(("auto", *_prepared(name, cluster)))
-    found.append(("datasheet", *_prepared(name, Cluster.preset("cpu", devices=cluster.num_devices))))
-    return found
+    """All plans of one captured step, each on a model of its own. Rank 0 makes them."""
+    model, batch = prediction_models.load(name)
+    analysis = analyse(capture(model, batch, optimizer=_optimizer(model)))
+    datasheet = Cluster.preset("cpu", devices=cluster.num_devices)
+    wanted = [*((force, cluster, force) for force in FORCED), ("auto", cluster, None), ("datasheet", datasheet, None)]
+
+    def make() -> list[dict[str, Any]]:
+        return [plan_step(analysis, where, force=force, time_limit_s=PLANNING_S).to_dict() for _, where, force in wanted]
+
+    plans = [Plan.from_dict(data) for data in on_first_rank(make)]
+    return [(label, _installed(name, where, analysis, plan, batch), batch) for (label, where, _), plan in zip(wanted, plans, strict=True)]
+
+
+def _installed(name: str, cluster: Cluster, analysis: Analysis, plan: Plan, batch: Any) -> TrainingStep:
+    model, _ = prediction_models.load(name)
+    options = StepOptions(optimizer=_optimizer(model))
+    return TrainingStep(model, cluster, options, lambda step, _: step.install(analysis, plan)).prepare(batch)
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def take_turns(
@@ -155,7 +190,7 @@ def _from_all(value: Any) -> list[Any]:
 
 
 def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
-    """What each process of the job does: calibrate where there is no cluster file, then train; rank 0 writes the rows after every model."""
+    """What each process of the job does: calibrate where there is no cluster file, then train; rank 0 adds the rows of every model."""
     torch.set_num_threads(1)
     keep_freed_memory()
     leads = calibration.join_job() == 0
@@ -163,12 +198,13 @@ def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
         calibration.calibrate_here(cluster_file, Options(dtypes=(torch.float32,)))
     _barrier()
     cluster = Cluster.load(cluster_file)
-    rows: list[Row] = []
+    speed = None if torch.cuda.is_available() else Speed()
     for name in models:
-        rows += rows_of_model(name, cluster)
+        rows = rows_of_model(name, cluster, speed)
         gc.collect()
         if leads:
-            rows_file.write_text(json.dumps([asdict(row) for row in rows]))
+            done = [asdict(row) for row in (*finished_rows(rows_file), *rows)]
+            rows_file.write_text(json.dumps({"commit": environment()["commit"], "rows": done}))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -193,12 +229,26 @@ def torchrun(ranks: int, *command: str) -> None:
 
 
 def run(ranks: int, models: Sequence[str], clusters: Path) -> list[Row]:
-    """The rows of one number of ranks."""
-    cluster = clusters / f"cluster-{ranks}.json"
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        torchrun(ranks, "bench.prediction", "--work", str(cluster), "--rows", str(rows), "--models", ",".join(models))
-        return [Row(**row) for row in json.loads(rows.read_text())]
+    """The rows of one number of ranks, those that an interrupted run has left in the folder among them; `forget` them when all is done."""
+    file = clusters / f"rows-{ranks}.json"
+    done = {row.model for row in finished_rows(file)}
+    left = [name for name in models if name not in done]
+    if left:
+        cluster = clusters / f"cluster-{ranks}.json"
+        torchrun(ranks, "bench.prediction", "--work", str(cluster), "--rows", str(file), "--models", ",".join(left))
+    return [row for row in finished_rows(file) if row.model in models]
+
+
+def finished_rows(file: Path) -> list[Row]:
+    """What a run of this commit has measured so far."""
+    data = json.loads(file.read_text()) if file.exists() else {}
+    return [Row(**row) for row in data["rows"]] if data.get("commit") == environment()["commit"] else []
+
+
+def forget(clusters: Path) -> None:
+    """Remove finished rows, once they are in a result."""
+    for file in clusters.glob("rows-*.json"):
+        file.unlink()
 
 
 def kendall_tau(rows: Iterable[Row]) -> float | None:
@@ -222,6 +272,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "num_rows": len(rows),
         "median_error": statistics.median(errors),
         "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
+        "less_drift": _less_drift(rows),
         "error_by_ranks": {str(n): statistics.median(abs(r.error) for r in rows if r.ranks == n) for n in sorted({r.ranks for r in rows})},
         "kendall_tau": statistics.fmean(taus) if taus else None,
         "kendall_tau_least": min(taus, default=None),
@@ -230,6 +281,15 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "calibration_gain": {"num_plans": len(gains), "median": statistics.median(gains) if gains else None, "all": sorted(gains)},
         "goals": GOALS,
         "models": per_model,
+    }
+
+
+def _less_drift(rows: Sequence[Row]) -> dict[str, float]:
+    errors = sorted(abs(row.error_less_drift) for row in rows)
+    return {
+        "median_error": statistics.median(errors),
+        "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
+        "largest_drift": max((row.drift for row in rows), key=lambda drift: abs(drift - 1)),
     }
 
 
@@ -298,9 +358,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise"]
+    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise  drift"]
     for r in rows:
-        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%}"
+        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%} {r.drift - 1:+6.1%}"
         lines.append(f"{r.model:12} {r.plan:10} {r.ranks:5} {times}")
     return "\n".join(lines)
 
@@ -310,7 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--models", default=",".join(prediction_models.NAMES))
-    parser.add_argument("--clusters", type=Path, help="folder of calibrated cluster files, cluster-RANKS.json; made where missing")
+    parser.add_argument("--clusters", type=Path, help="folder of calibrated cluster files, cluster-RANKS.json, made where missing")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("-o", "--output", type=Path, help="result file; rows of other models and ranks in it are kept")
     parser.add_argument("--plot", type=Path)
@@ -331,6 +391,8 @@ def main() -> int:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if args.clusters is not None:
+        forget(args.clusters)
     if args.plot is not None:
         plot(rows, args.plot)
     print(json.dumps(result) if args.json else _table(rows) + "\n" + json.dumps(result["summary"], indent=1))

@@ -124,10 +124,10 @@ class _Search:
         loose = sorted(itertools.starmap(self._loose, self._recipes(meshes)), key=lambda m: m.bound_s)
         best: _Mesh | None = None
         for mesh in loose:
-            if best is not None and best.best is not None and best.best.solution.objective <= mesh.bound_s * (1 + GAP):
+            if best is not None and self._simulated(best) <= mesh.bound_s * (1 + _WORTH_ANOTHER_LOOK):
                 break
             self._tighten(mesh)
-            if mesh.best is not None and (best is None or mesh.best.solution.objective < best.best.solution.objective):  # type: ignore[union-attr]
+            if mesh.best is not None and (best is None or self._simulated(mesh) < self._simulated(best)):
                 best = mesh
         if best is None:
             raise DoesNotFitError(f"{_head(self.analysis, self.cluster, self.limits)}. {'; '.join(self.refused)}. {_WAYS_OUT}")
@@ -205,6 +205,10 @@ class _Search:
                 break
         if mesh.best is None and (places or self.places == NO_PLACES):
             self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {most.peak_bytes:,} bytes at {most.at}")
+
+    def _simulated(self, mesh: _Mesh) -> float:
+        """The objective of a mesh's best plan; infinite where it has none. What the sum of costs does not see may be worth another mesh."""
+        return math.inf if mesh.outcome is None else self._objective(mesh.outcome.simulation)
 
     def _objective(self, simulation: Simulation) -> float:
         """What the solver minimises, of a program that was simulated: seconds, those of computing counted again with their weight."""

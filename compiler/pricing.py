@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .micro_batches import first_behind, is_sum, num_runs
 from .place_recipes import AUTO
 from .price_places import CPU, PlaceNode, PlacePricer, streams_of
 from .problem import ProblemBuilder, SelectionProblem
-from .reshard import ReshardError, steps
+from .reshard import ReshardError, Step, steps
 from .residency import DEVICE, DISK, HOST
 from .rule import results_of, tensor_args
 from .rule_table import UPDATE, op_name
@@ -47,6 +48,14 @@ TIERS = (HOST, DISK)
 _FORBIDDEN = float("inf")
 
 
+class _Price(NamedTuple):
+    """Of a change of layout. own_s: latency of all messages but the last. last_s: of the last one, which other tensors may share."""
+
+    own_s: float
+    last_s: float
+    s_per_byte: float
+
+
 class CollectivePrices:
     """Latency and seconds per byte of layout changes on one mesh of a cluster; pairs of layouts are computed once."""
 
@@ -59,32 +68,36 @@ class CollectivePrices:
             for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
             for axis in range(len(mesh))
         }
-        self._pairs: dict[tuple[Layout, Layout], tuple[float, float]] = {}
-        self._tables: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], tuple[np.ndarray, np.ndarray]] = {}
+        self._pairs: dict[tuple[Layout, Layout], _Price] = {}
+        self._tables: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], np.ndarray] = {}
 
-    def pair(self, source: Layout, target: Layout) -> tuple[float, float]:
-        """(seconds, seconds per global byte) to bring a tensor from one layout to another; infinite where there is no way."""
+    def pair(self, source: Layout, target: Layout) -> _Price:
+        """What it takes to bring a tensor from one layout to another; infinite where there is no way."""
         found = self._pairs.get((source, target))
         if found is None:
             found = self._pairs[source, target] = self._price(source, target)
         return found
 
-    def _price(self, source: Layout, target: Layout) -> tuple[float, float]:
+    def _price(self, source: Layout, target: Layout) -> _Price:
         if source == target:
-            return 0.0, 0.0
+            return _Price(0.0, 0.0, 0.0)
         try:
             way = steps(source, target, self.mesh)
         except ReshardError:
-            return _FORBIDDEN, 0.0
-        fixed = per_byte = 0.0
+            return _Price(_FORBIDDEN, 0.0, 0.0)
+        own = last = per_byte = 0.0
+        previous: Step | None = None
         for step in way:
             if step.kind in ("slice", "zero"):
                 per_byte += 0.0 if step.kind == "slice" else self._copy_s_per_byte * step.fraction
                 continue
             latency, rate = self._coefficients[step.kind, step.axis]
-            fixed += latency
+            if previous is None or not (step.kind == previous.kind == "all_reduce" and step.source == previous.source):
+                own, last = own + last, 0.0  # all-reduces of one kind are one message
+            last += latency
             per_byte += (rate + self._copy_s_per_byte) * step.fraction
-        return fixed, per_byte
+            previous = step
+        return _Price(own, last, per_byte)
 
     def all_reduce(self, axis: int, num_bytes: float) -> float:
         """Seconds of one all-reduce inside an op's local form."""
@@ -94,17 +107,17 @@ class CollectivePrices:
     def matrix(self, a: list[Layout], b: list[Layout], num_bytes: float, latency_share: float = 1.0) -> np.ndarray:
         """float64[len(a), len(b)] seconds between all layouts of two lists, for a tensor of `num_bytes` global bytes.
 
-        latency_share: part of a message's latency that falls to this tensor, where several go in one message.
+        latency_share: part of the last message's latency that falls to this tensor, where lowering sends several in one message. Those
+        before it have none to go with.
         """
         ua, ia = _unique(a)
         ub, ib = _unique(b)
         key = (ua, ub)
         table = self._tables.get(key)
         if table is None:
-            pairs = np.array([[self.pair(x, y) for y in ub] for x in ua])
-            table = self._tables[key] = (pairs[:, :, 0], pairs[:, :, 1])
-        fixed, per_byte = table
-        return (fixed * latency_share + per_byte * num_bytes)[np.ix_(ia, ib)]
+            table = self._tables[key] = np.array([[self.pair(x, y) for y in ub] for x in ua])
+        own, last, per_byte = np.moveaxis(table, -1, 0)
+        return (own + last * latency_share + per_byte * num_bytes)[np.ix_(ia, ib)]
 
 
 def _unique(layouts: list[Layout]) -> tuple[tuple[Layout, ...], list[int]]:
@@ -278,7 +291,7 @@ class Pricer:
         if isinstance(value, (list, tuple)):
             value = value[0]
         num_bytes = tensor_bytes(value)
-        share = min(1.0, num_bytes / BUCKET_BYTES) if link.bucketed else 1.0
+        share = self._latency_share(num_bytes) if link.bucketed else 1.0
         matrix = self.prices.matrix(link.source_layouts, link.target_layouts, num_bytes, share) * (link.count * link.num_runs)
         target = link.target
         if target.kind == "read":
@@ -295,6 +308,10 @@ class Pricer:
             self.builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), {SIDE: stream})
         elif np.any(matrix):
             self.builder.add_edge(link.source.index, target.index, matrix)
+
+    def _latency_share(self, num_bytes: int) -> float:
+        """A gradient's share of the latency of the messages it travels in: they are full, but there is at least one for all."""
+        return min(1.0, max(num_bytes / BUCKET_BYTES, 1 / max(1, len(self.graph.updates))))
 
     # -- memory ---------------------------------------------------------------------------------------------------------
 

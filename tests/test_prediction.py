@@ -1,5 +1,6 @@
 """The bookkeeping of the prediction benchmarks, and small runs of their scripts."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -38,6 +39,9 @@ def test_summary():
     found = prediction.summary(rows)
     assert found["num_rows"] == 4 and found["median_error"] == pytest.approx(0.1875) and found["p90_error"] == 1.0
     assert found["kendall_tau"] == 1 and found["picked_vs_best"] == 1
+    assert found["less_drift"] == {"median_error": found["median_error"], "p90_error": 1.0, "largest_drift": 1.0}
+    slower = dataclasses.replace(rows[0], measured_s=2.2, drift=2.0)
+    assert slower.error == pytest.approx(-0.5) and slower.error_less_drift == pytest.approx(0.0)
     assert found["calibration_gain"] == {"num_plans": 1, "median": pytest.approx(1.5), "all": [pytest.approx(1.5)]}
     assert not prediction._holds(found) and prediction._holds({**found, "median_error": 0.05, "p90_error": 0.2})
 
@@ -48,6 +52,27 @@ def test_a_result_file_keeps_what_was_not_measured_again(tmp_path):
     kept = prediction.merged([row("ddp", 3, 3)], path)
     assert [(r.model, r.measured_s) for r in kept] == [("other", 2), ("m", 3)]
     assert prediction.merged([row("ddp", 3, 3)], None) == [row("ddp", 3, 3)]
+
+
+def test_an_interrupted_run_goes_on_with_the_models_that_are_left(tmp_path, monkeypatch):
+    asked = []
+
+    def torchrun(ranks, *command):
+        asked.append((ranks, command[-1]))
+        file = tmp_path / f"rows-{ranks}.json"
+        rows = [*prediction.finished_rows(file), row("ddp", 3, 3, model="gnn")]
+        file.write_text(json.dumps({"commit": prediction.environment()["commit"], "rows": [prediction.asdict(r) for r in rows]}))
+
+    monkeypatch.setattr(prediction, "torchrun", torchrun)
+    left = {"commit": prediction.environment()["commit"], "rows": [prediction.asdict(row("ddp", 1, 1, model="mlp"))]}
+    (tmp_path / "rows-2.json").write_text(json.dumps(left))
+    assert [r.model for r in prediction.run(2, ["mlp", "gnn"], tmp_path)] == ["mlp", "gnn"]
+    assert [r.model for r in prediction.run(2, ["mlp", "gnn"], tmp_path)] == ["mlp", "gnn"]
+    assert asked == [(2, "gnn")], "what is done is not measured again"
+    (tmp_path / "rows-2.json").write_text(json.dumps({**left, "commit": "another"}))
+    assert prediction.finished_rows(tmp_path / "rows-2.json") == []
+    prediction.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_can_be_made_and_are_many():
