@@ -11,7 +11,7 @@ from opweave.compiler.factors import FactorMap
 from opweave.compiler.layout import PARTIAL, REPLICATED, fits, is_partial, spec_of
 from opweave.compiler.lower import Assignment, Lowering
 from opweave.compiler.reshard import ReshardError, Step, steps
-from opweave.compiler.step_graph import GraphInput, StepGraph
+from opweave.compiler.step_graph import GraphInput, GraphOutput, StepGraph
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, unravel
@@ -102,7 +102,7 @@ def lowered(mesh, source, target):
         factors._classes.add_bound(cls, bound)
     factors._cache.clear()
     assert factors.dims(x) == ((2, 4), (3, 2)) and factors.atoms(x) == (2, 4, 3, 2)
-    lowering = Lowering(StepGraph(graph=graph, inputs=(), outputs=()), factors, Assignment(mesh=mesh))
+    lowering = Lowering(StepGraph(graph=graph, inputs=(), outputs=(GraphOutput("extra"),)), factors, Assignment(mesh=mesh))
     local = lowering.e.graph.placeholder("x")
     lowering._infos[x] = GraphInput(name="x", kind="batch", fqn="x")
     later = lowering.reshard(x, local, source, target)
