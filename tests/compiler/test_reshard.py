@@ -102,7 +102,7 @@ def lowered(mesh, source, target):
         factors._classes.add_bound(cls, bound)
     factors._cache.clear()
     assert factors.dims(x) == ((2, 4), (3, 2)) and factors.atoms(x) == (2, 4, 3, 2)
-    lowering = Lowering(StepGraph(graph=graph, inputs=(), outputs=(GraphOutput("extra"),)), factors, Assignment(mesh=mesh))
+    lowering = Lowering(StepGraph(graph=graph, inputs=(), outputs=(GraphOutput(kind="extra"),)), factors, Assignment(mesh=mesh))
     local = lowering.e.graph.placeholder("x")
     lowering._infos[x] = GraphInput(name="x", kind="batch", fqn="x")
     later = lowering.reshard(x, local, source, target)
