@@ -2,9 +2,10 @@
 
 `plan_step` is called by `api` once the step is captured and analysed.
 
-Each mesh is solved in up to three forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on
+Each mesh is solved in up to four forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on
 what any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and
-the choice where everything lives (`price_places`). Meshes are taken best bound first, so most of them are never solved in full.
+the choice where everything lives (`price_places`); the same without prefetching, where nothing else fits. Meshes are taken best bound
+first, so most of them are never solved in full.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .problem import SelectionProblem
 from .record import Candidate, Outcome, record
 from .residency import DEVICE
 from .schedule import schedule
+from .tighten import Tightening, excess
 from .timeline import backend_of, timeline
 
 if TYPE_CHECKING:
@@ -58,6 +60,20 @@ _WAYS_OUT = (
 )
 _UNLIMITED = {DEVICE: math.inf}
 _MAX_TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A form of the problem; fields as in `pricing.Pricer`."""
+
+    places: bool
+    copies_hidden: float = COPIES_HIDDEN
+    prefetch: bool = True
+
+
+_LOOSE = _Form(False)
+_HIDDEN, _SHOWN, _LEAN = _Form(True), _Form(True, 0.0), _Form(True, 0.0, False)
+_FORMS = {AUTO: (_LOOSE, _HIDDEN, _SHOWN, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 _WORTH_ANOTHER_LOOK = 0.02  # the objective of a simulated step this much above the sum of costs
@@ -93,7 +109,7 @@ def plan_step(
 
 @dataclass(slots=True)
 class _Mesh:
-    """A mesh on its way through the three forms. loose: its plan without limits; bound_s: no plan of it has a lower objective."""
+    """A mesh on its way through the forms. loose: its plan without limits; bound_s: no plan of it has a lower objective."""
 
     mesh: tuple[int, ...]
     graph: ChoiceGraph
@@ -154,7 +170,7 @@ class _Search:
         started = time.perf_counter()
         graph = build_choices(self.analysis.step, self.analysis.factors, mesh, recipe)
         self.times["strategies"] += time.perf_counter() - started
-        candidate = self._solve(mesh, graph, _UNLIMITED, places=False)
+        candidate = self._solve(mesh, graph, _UNLIMITED, _LOOSE)
         self.found.append(candidate)
         return _Mesh(mesh, graph, candidate, candidate.solution.lower_bound)
 
@@ -162,49 +178,56 @@ class _Search:
         """Find the best plan of a mesh that fits: the loose one as it is, or one that was made for the limits."""
         if self.places in (AUTO, NO_PLACES):
             outcome = self._try(mesh.loose)
-            if not self._over(outcome.memory):
+            if not excess(outcome.memory.pools, self.limits):
                 mesh.best, mesh.outcome = mesh.loose, outcome
                 return
-        for places in {AUTO: (False, True), NO_PLACES: (False,)}.get(self.places, (True,)):
-            self._fit(mesh, places)
-            if not places and mesh.best is not None and mesh.best.solution.objective <= mesh.bound_s * (1 + GAP):
-                return
-        if mesh.best is None or mesh.outcome is None or not mesh.best.with_places:
-            return
-        # Copies that the sum of costs takes for hidden may show at both ends of the step. The plan that takes none for hidden is the other
-        # extreme, and the simulation decides.
-        if self._objective(mesh.outcome.simulation) > mesh.best.solution.objective * (1 + _WORTH_ANOTHER_LOOK):
-            self._fit(mesh, True, copies_hidden=0.0)
+        forms = _FORMS.get(self.places, _FORMS[AUTO][1:])
+        for form in forms:
+            if self._is_worth_solving(form, mesh):
+                self._fit(mesh, form, is_last=form == forms[-1])
 
-    def _fit(self, mesh: _Mesh, places: bool, copies_hidden: float = COPIES_HIDDEN) -> None:
+    def _is_worth_solving(self, form: _Form, mesh: _Mesh) -> bool:
+        """Whether a form of the problem may have a plan, or a better one, than those before it.
+
+        Copies that the sum of costs takes for hidden may show at both ends of the step. The plan that takes none for hidden is the other
+        extreme, and the simulation decides. Without prefetching more fits than otherwise.
+        """
+        if mesh.best is None or mesh.outcome is None:
+            return form is not _SHOWN
+        if form is _LEAN:
+            return False
+        if form is _SHOWN:
+            shown = self._objective(mesh.outcome.simulation)
+            return mesh.best.with_places and shown > mesh.best.solution.objective * (1 + _WORTH_ANOTHER_LOOK)
+        return mesh.best.solution.objective > mesh.bound_s * (1 + GAP)
+
+    def _fit(self, mesh: _Mesh, form: _Form, *, is_last: bool) -> None:
         """Solve with limits until the program fits, too; the cheaper program, simulated, becomes the mesh's best.
 
-        The selection problem does not see copies of an instant (a tensor and its gathered form, buckets); the dry run of the lowered
-        program does. Where it finds more than a limit, the problem is solved again with that much less.
+        What the problem does not see, the dry run of the lowered program does; the problem's limits are lowered accordingly (`tighten`).
         """
-        limits = dict(self.limits)
+        explains = is_last and mesh.best is None
+        tight = Tightening(self.limits)
+        reason = ""
         for _ in range(_MAX_TRIES):
-            candidate = self._solve(mesh.mesh, mesh.graph, limits, places=places, copies_hidden=copies_hidden)
+            candidate = self._solve(mesh.mesh, mesh.graph, tight.current, form)
             if candidate.solution.status == "infeasible":
-                if mesh.best is None and (places or self.places == NO_PLACES):
-                    self.refused.append(f"mesh {show_mesh(mesh.mesh)}: {self._reason(candidate.solution.reason, limits)}")
-                return
-            if mesh.best is not None and copies_hidden and candidate.solution.lower_bound >= mesh.best.solution.objective:
+                reason = self._reason(candidate.solution.reason, tight.current)
+                if explains and tight.problem_refuses():
+                    continue
+                break
+            if mesh.best is not None and form.copies_hidden and candidate.solution.lower_bound >= mesh.best.solution.objective:
                 return
             outcome = self._try(candidate)
-            over = self._over(outcome.memory)
-            if not over:
+            if not excess(outcome.memory.pools, self.limits):
                 if mesh.outcome is None or self._objective(outcome.simulation) < self._objective(mesh.outcome.simulation):
                     mesh.best, mesh.outcome = candidate, outcome
                     self.found.append(candidate)
                 return
-            most = outcome.memory
-            for pool, excess in over.items():
-                limits[pool] -= 1.05 * excess
-            if min(limits.values()) <= 0:
+            if not tight.program_exceeds(outcome.memory, candidate.expected_peaks()):
                 break
-        if mesh.best is None and (places or self.places == NO_PLACES):
-            self.refused.append(f"mesh {show_mesh(mesh.mesh)} needs {most.peak_bytes:,} bytes at {most.at}")
+        if explains:
+            self.refused.append(f"mesh {show_mesh(mesh.mesh)}: {reason if tight.leanest is None else tight.reason()}")
 
     def _simulated(self, mesh: _Mesh) -> float:
         """The objective of a mesh's best plan; infinite where it has none. What the sum of costs does not see may be worth another mesh."""
@@ -213,10 +236,6 @@ class _Search:
     def _objective(self, simulation: Simulation) -> float:
         """What the solver minimises, of a program that was simulated: seconds, those of computing counted again with their weight."""
         return simulation.step_time_s + self.busy_weight * simulation.busy_s.get(COMPUTE, 0.0)
-
-    def _over(self, memory: MemoryReport) -> dict[str, float]:
-        """Bytes above the limit, per pool."""
-        return {p: memory.pools[p] - limit for p, limit in self.limits.items() if memory.pools.get(p, 0) > limit}
 
     def _try(self, candidate: Candidate) -> Outcome:
         """What a candidate's program needs. Where that is too much for the device, and buckets are part of it, with smaller ones, then
@@ -256,19 +275,18 @@ class _Search:
     def _needed(self, program: LocalProgram) -> MemoryReport:
         return dry_run(program, self.ops, backend=backend_of(self.cluster))
 
-    def _solve(
-        self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, *, places: bool, copies_hidden: float = COPIES_HIDDEN
-    ) -> Candidate:  # fmt: skip
+    def _solve(self, mesh: tuple[int, ...], graph: ChoiceGraph, limits: Limits, form: _Form) -> Candidate:
         t0 = time.perf_counter()
         pricer = Pricer(
-            graph, self.cluster, limits, places=places, recipe=self.places, copies_hidden=copies_hidden, busy_weight=self.busy_weight
-        )
+            graph, self.cluster, limits, places=form.places, recipe=self.places, copies_hidden=form.copies_hidden, prefetch=form.prefetch,
+            busy_weight=self.busy_weight,
+        )  # fmt: skip
         priced = pricer.price()
         t1 = time.perf_counter()
-        solution = _solution(priced.problem, self.time_limit_s, places=places)
+        solution = _solution(priced.problem, self.time_limit_s, places=form.places)
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
-        return Candidate(mesh, priced, solution, places)
+        return Candidate(mesh, priced, solution, form.places)
 
     def _reason(self, text: str, limits: Limits) -> str:
         """The solver's reason with the op and its module in place of a time."""
@@ -278,8 +296,11 @@ class _Search:
         nodes: list[fx.Node] = list(self.analysis.step.graph.nodes)
         least, node = int(found.group(1)), nodes[min(int(found.group(2)), len(nodes) - 1)]
         info = node.meta.get("op")
-        where = f" of {info.path}" if info is not None and info.path else ""
-        return f"the leanest plan needs {least:,} bytes, {least - int(limits[DEVICE]):,} too many (at {node.name}{where})"
+        where = f"at {node.name}" + (f" of {info.path}" if info is not None and info.path else "")
+        too_many = least - int(limits[DEVICE])
+        if too_many <= 0:
+            return f"no choice of layouts and places keeps all limits at all times; the tightest is {where}, with {least:,} bytes at least"
+        return f"the leanest plan needs {least:,} bytes, {too_many:,} too many ({where})"
 
 
 def show_mesh(mesh: tuple[int, ...]) -> str:

@@ -4,9 +4,9 @@ One node per unit (see `residency`) and per trained parameter, *not* shared betw
 local bytes that the layouts chosen for its tensors leave, which edges tie to the layout's choice, times what may become of it.
 
 Memory. Kept: from the op that makes it to its last reader. Offloaded: until the copy can be complete behind the last forward reader, and
-again from when fetching must start; between, in the pool of its tier. Recomputed: until the last forward reader, and again from the first
-time it, or something made from it in the same block, is asked for. Times are positions in the step graph; seconds are turned into
-positions by the running sum of the ops' seconds.
+again from when fetching must start (without prefetching: no longer than it is read, which needs the least memory); between, in the pool
+of its tier. Recomputed: until the last forward reader, and again from the first time it, or something made from it in the same block, is
+asked for. Times are positions in the step graph; seconds are turned into positions by the running sum of the ops' seconds.
 
 Time. A copy is in the stream of its direction and costs what the step's computation cannot hide. Running an op again costs what it cost.
 Along a chain of recomputation every operand must be there: an edge forbids "recompute" beside a dropped operand, and beside an operand that
@@ -142,6 +142,10 @@ class PlacePricer:
         """The position at which the computation has taken so long."""
         return min(max(bisect_left(self._clock, seconds) - 1, 0), self._end)
 
+    def _before(self, position: int, seconds: float) -> int:
+        """The position so many seconds of computation before another, which itself it is for none."""
+        return min(position, self._at(self._clock[position] - seconds)) if seconds else position
+
     def _first_needs(self) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
         """Unit → the first position behind the forward pass where it is needed: by whoever, and by its own block or directly."""
         anyone: dict[fx.Node, int] = {}
@@ -158,6 +162,10 @@ class PlacePricer:
     def _copy_s(self, tier: str, way: str, num_bytes: np.ndarray) -> np.ndarray:
         fixed, per_byte = transfer_coefficients(DIRECTIONS[tier, way], self._cluster)
         return np.where(num_bytes > 0, fixed + per_byte * num_bytes, 0.0)
+
+    def _ahead_s(self, tier: str, way: str, num_bytes: np.ndarray) -> float:
+        """Seconds that a copy has its memory on the device beside the computation: those it takes, none without prefetching."""
+        return float(self._copy_s(tier, way, num_bytes).max()) if self._pricer.prefetch else 0.0
 
     def _tie(self, unit: fx.Node) -> Choice:
         """The choice whose layout says how large a unit's results are."""
@@ -210,7 +218,7 @@ class PlacePricer:
     def _unit_memory(self, unit: fx.Node, node: PlaceNode, local: np.ndarray) -> None:
         uses, order = self.uses, self._order
         made, read = order[unit], order[uses.last_fwd[unit]] + 1
-        need = self._needed[unit]
+        need = self._needed[unit] if self._pricer.prefetch else self._read_again(unit)
         end = max([order[op] + 1 for op in uses.later[unit]] + [self._needed_by_block[c] + 1 for c in uses.consumers[unit]], default=read)
         end = min(end, self._end)
         again = min(self._needed_by_block[unit], end)
@@ -221,13 +229,17 @@ class PlacePricer:
             chosen = local * _is(node.options, tier)
             if not chosen.any():
                 continue
-            out = float(self._copy_s(tier, "out", local).max())
-            back = float(self._copy_s(tier, "in", local).max())
+            out = self._ahead_s(tier, "out", local)
+            back = self._ahead_s(tier, "in", local)
             gone = max(read + 1, self._at(self._clock[read] + out))
-            start = min(need, max(self._at(self._clock[min(need, self._end)] - back), gone))
+            start = min(need, max(self._before(need, back), gone))
             self._use(node, DEVICE, made, gone, chosen)
             self._use(node, DEVICE, max(start, gone), end, chosen)
             self._use(node, tier, made, end, chosen)
+
+    def _read_again(self, unit: fx.Node) -> int:
+        """The first position behind the forward pass where an op reads a unit's results for itself."""
+        return min((self._order[op] for op in self.uses.later[unit]), default=self._end)
 
     def _use(self, node: PlaceNode, pool: str, start: int, end: int, num_bytes: np.ndarray) -> None:
         if end > start and num_bytes.any():
@@ -239,13 +251,28 @@ class PlacePricer:
         for producer in self.uses.producers[unit]:
             other = self._nodes.get(producer)
             if other is None:
+                self._operand_memory(unit, node, producer)
                 continue
             missing = _is(other.options, DROP)
             if self.uses.segment[producer] != self.uses.segment[unit]:
                 missing = missing | _is(other.options, RECOMPUTE)
+            if not self._pricer.prefetch and self._needed_by_block[unit] < self._read_again(producer):
+                # Not back yet: here a copy is back where it is read, and only there.
+                missing = missing | np.logical_or.reduce([_is(other.options, tier) for tier in self._tiers])
             bad = missing[:, None] & _is(node.options, RECOMPUTE)[None, :]
             if bad.any():
                 self._pricer.builder.add_edge(other.index, node.index, np.where(bad, _FORBIDDEN, 0.0))
+
+    def _operand_memory(self, unit: fx.Node, node: PlaceNode, producer: fx.Node) -> None:
+        """What is always kept (batch norm's results: with them new statistics leave the step) lives until a unit that reads it has been
+        made again."""
+        read = [value for value in results(producer) if value in unit.all_input_nodes]
+        if not read:
+            return
+        num_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in read)
+        pieces = np.array([c for c, _ in node.options])
+        until = min(self._needed_by_block[unit] + 1, self._end)
+        self._use(node, DEVICE, max(self._pricer.last_use[v] for v in read), until, num_bytes / pieces * _is(node.options, RECOMPUTE))
 
     # -- parameters and optimizer state -----------------------------------------------------------------------------------
 
@@ -328,9 +355,9 @@ class PlacePricer:
             p_off = p_bytes * np.array([pl.param == tier for pl in places])
             s_off = s_bytes * np.array([pl.state == tier for pl in places])
             self._use(node, tier, 0, self._end, p_off + s_off)
-            back = float(self._copy_s(tier, "in", p_bytes).max())
+            back = self._ahead_s(tier, "in", p_bytes)
             for start, end in self._windows(param, self.due.get(op)):
-                self._use(node, DEVICE, min(start, self._at(self._clock[start] - back)), end, p_off)
+                self._use(node, DEVICE, self._before(start, back), end, p_off)
             if op not in self.due:
                 self._use(node, DEVICE, at, at + 1, p_off * np.array([pl.update == DEVICE for pl in places]))
 

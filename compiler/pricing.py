@@ -146,10 +146,11 @@ class Pricer:
 
     def __init__(
         self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO,
-        copies_hidden: float = COPIES_HIDDEN, busy_weight: float = 0.0,
+        copies_hidden: float = COPIES_HIDDEN, prefetch: bool = True, busy_weight: float = 0.0,
     ) -> None:  # fmt: skip
         """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for, as far
-        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies. busy_weight: what
+        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies. prefetch: whether
+        copies have time to be made before their results are needed. busy_weight: what
         a second of computing counts beside its second of the step."""
         self.graph = graph
         self.cluster = cluster
@@ -163,11 +164,13 @@ class Pricer:
         # What one second of computation hides, per stream.
         self._hides = {SIDE: overlap} if overlap else {}
         self._hides |= dict.fromkeys(streams_of(tiers), copies_hidden)
+        self.prefetch = prefetch
         pools = {pool: limits[pool] for pool in (DEVICE, *tiers)}
         self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=tuple(self._hides))
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
+        self.last_use: dict[fx.Node, int] = {}  # time after which a tensor is needed no more, where nothing is made again
         self._behind = first_behind(graph.step)
         self._buffers = set(graph.step.output_values("buffer"))
         self._places = PlacePricer(self, tiers, recipe) if places else None
@@ -323,7 +326,7 @@ class Pricer:
                 key = (choice.index, start, end)
                 rows[key] = rows[key] + num_bytes if key in rows else num_bytes
 
-        last_use = self._last_uses()
+        last_use = self.last_use = self._last_uses()
         for node in self.graph.step.graph.nodes:
             if node.op == "placeholder" and node in self.graph.input_choice:
                 self._stored_memory(node, add)

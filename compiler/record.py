@@ -65,6 +65,11 @@ class Candidate:
                 out.residency[node.member] = place if place in self.tiers else RECOMPUTE
         return out
 
+    def expected_peaks(self) -> dict[str, float]:
+        """Bytes per pool as the problem adds them up."""
+        problem = self.priced.problem
+        return dict(zip(problem.pools, problem.evaluate(self.solution.selection).peak_bytes.tolist(), strict=True))
+
     @property
     def tiers(self) -> tuple[str, ...]:
         """Pools beside the device's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import opweave as ow
 import pytest
@@ -16,8 +17,9 @@ SIZES = {
     "gpt2-tiny": (16, 32), "opt-tiny": (16, 32), "llama-tiny": (16, 32), "bert-tiny": (16, 32), "t5-tiny": (16, 16), "vit-tiny": (32, 32),
     "resnet-tiny": (32, 32), "mixtral-tiny": (16, 16), "mlp-tiny": (256, 64), "convnet-tiny": (32, 32),
 }  # fmt: skip
+TEXTS = (("has ", " usable bytes"), ("needs ", " bytes"), ("", " too many"))
 SHARES = (0.9, 0.7, 0.5, 0.35)
-FAST = (("mlp-tiny", 0.75), ("vit-tiny", 0.7), ("gpt2-tiny", 0.6))
+FAST = (("mlp-tiny", 0.75), ("vit-tiny", 0.7), ("gpt2-tiny", 0.6), ("convnet-tiny", 0.9), ("convnet-tiny", 0.66))
 
 
 def compiled(name: str, folder: str, **options):
@@ -84,6 +86,18 @@ def test_the_owners_behind_the_device_are_told(tmp_path):
     step.executor.close()
 
 
+@pytest.mark.parametrize("share", [0.64, 0.2])
+def test_a_refusal_does_not_contradict_itself(share):
+    """What is needed is above what there is, by what is too much."""
+    whole, _ = unlimited("convnet-tiny")
+    with pytest.raises(DoesNotFitError) as caught:
+        compiled("convnet-tiny", None, memory_limit={"device": int(share * whole), "disk": 1e11})
+    text = str(caught.value)
+    has, needs, too_many = (int(re.search(rf"{before}([0-9,]+){behind}", text)[1].replace(",", "")) for before, behind in TEXTS)
+    assert needs - has == too_many > 0, text
+    assert "opweave.what_would_fit" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", SIZES)
@@ -91,5 +105,4 @@ def test_peaks_of_more_models(name, share, tmp_path):
     try:
         assert_as_predicted(name, share, str(tmp_path))
     except DoesNotFitError:
-        # Its peak is what one pooling op reads and makes.
-        assert share < 0.9 or name == "convnet-tiny", "a tenth can be saved in every other model"
+        assert share < 0.7, "three tenths can be saved in every model"
