@@ -15,6 +15,7 @@ Without contention one pass in list order is exact; with it, an event loop runs.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -262,41 +263,61 @@ def _busy_until(start: Floats, end: Floats, ids: list[int]) -> Any:
 # --- memory ------------------------------------------------------------------------------------------------------------------------
 
 
+class _Changes:
+    """Changes of a pool's use, in columns: a tuple for each would keep the garbage collector busy for longer than all else takes."""
+
+    def __init__(self) -> None:
+        self.time_s: list[float] = []
+        self.turn: list[int] = []  # of changes at the same time, which comes first
+        self.num_bytes: list[int] = []
+        self.buffers: list[Buffer] = []
+
+    def add(self, time_s: float, turn: int, num_bytes: int, buffer: Buffer) -> None:
+        self.time_s.append(time_s)
+        self.turn.append(turn)
+        self.num_bytes.append(num_bytes)
+        self.buffers.append(buffer)
+
+    def use(self) -> tuple[Peak, tuple[Floats, Floats]]:
+        """The peak, and (time, bytes) after every change."""
+        times = np.array(self.time_s)
+        order = np.lexsort((np.array(self.turn), times))
+        deltas = np.array(self.num_bytes, dtype=np.int64)[order]
+        used = deltas.cumsum()
+        top = int(used.argmax())
+        until = order[: top + 1].tolist()
+        peak = Peak(num_bytes=int(used[top]), time_s=float(times[order[top]]), owners=self._owners(until))
+        return peak, (times[order], used.astype(float))
+
+    def _owners(self, until: list[int]) -> tuple[tuple[str, int], ...]:
+        """Live bytes by owner after these changes, largest first."""
+        total: dict[str, int] = {}
+        for i in until:
+            owner = self.buffers[i].owner or self.buffers[i].name
+            total[owner] = total.get(owner, 0) + self.num_bytes[i]
+        return tuple(sorted(((o, n) for o, n in total.items() if n > 0), key=lambda pair: (-pair[1], pair[0])))
+
+
 def _memory(
     instructions: Sequence[Instruction], resident: tuple[Buffer, ...], start: Floats, end: Floats
 ) -> tuple[dict[str, Peak], dict[str, tuple[Floats, Floats]]]:
     live = {buffer.name: buffer for buffer in resident}
-    events: dict[str, list[tuple[float, int, int, Buffer]]] = {}
+    changes: dict[str, _Changes] = defaultdict(_Changes)
     for buffer in resident:
-        events.setdefault(buffer.pool, []).append((0.0, -1, buffer.num_bytes, buffer))
-    for index, item in enumerate(instructions):
+        changes[buffer.pool].add(0.0, -1, buffer.num_bytes, buffer)
+    for index, (item, begin, finish) in enumerate(zip(instructions, start.tolist(), end.tolist(), strict=True)):
         for buffer in item.allocs:
             if buffer.name in live:
                 raise ValueError(f"instruction {index} ({item.name}) allocates {buffer.name!r}, which is live already")
             live[buffer.name] = buffer
-            events.setdefault(buffer.pool, []).append((float(start[index]), 2 * index, buffer.num_bytes, buffer))
+            changes[buffer.pool].add(begin, 2 * index, buffer.num_bytes, buffer)
         for name in item.frees:
             if name not in live:
                 raise ValueError(f"instruction {index} ({item.name}) frees {name!r}, which is not live")
             buffer = live.pop(name)
-            events.setdefault(buffer.pool, []).append((float(end[index]), 2 * index + 1, -buffer.num_bytes, buffer))
-    peaks, memory = {}, {}
-    for pool, changes in events.items():
-        changes.sort(key=lambda change: change[:2])
-        used = np.cumsum([change[2] for change in changes])
-        top = int(used.argmax())
-        peaks[pool] = Peak(num_bytes=int(used[top]), time_s=changes[top][0], owners=_owners(changes[: top + 1]))
-        memory[pool] = (np.array([change[0] for change in changes]), used.astype(float))
-    return peaks, memory
-
-
-def _owners(changes: Sequence[tuple[float, int, int, Buffer]]) -> tuple[tuple[str, int], ...]:
-    """Live bytes by owner after these changes."""
-    total: dict[str, int] = {}
-    for _, _, delta, buffer in changes:
-        owner = buffer.owner or buffer.name
-        total[owner] = total.get(owner, 0) + delta
-    return tuple(sorted(((o, n) for o, n in total.items() if n > 0), key=lambda pair: (-pair[1], pair[0])))
+            changes[buffer.pool].add(finish, 2 * index + 1, -buffer.num_bytes, buffer)
+    found = {pool: change.use() for pool, change in changes.items()}
+    return {pool: peak for pool, (peak, _) in found.items()}, {pool: memory for pool, (_, memory) in found.items()}
 
 
 # --- the timeline -------------------------------------------------------------------------------------------------------------------
