@@ -3,7 +3,8 @@
     python -m bench.experts [--models gpt2-xl,bert-large] [--clusters dgx-a100-640] [--again] [--json] [-o docs/experts.md]
 
 For every model and cluster: the predicted step time of the solver's plan, of every recipe (`compiler.force`) that fits the memory on
-any mesh, the best of them, and by how much less the solver's plan costs. Both sides have the same memory and may use the same places.
+any mesh, the best of them, and by how much less the solver's plan costs. Both sides keep everything on the devices and compute nothing
+twice, so this is about sharding alone; `bench.memory` compares the rest.
 
 A recipe is a set of plans, of which the solver takes the cheapest. Those of zero1 are among those of zero2, those of megatron among
 those of megatron_sp (which may split the sequence, but need not), so the wider ones stand for both here.
@@ -28,6 +29,7 @@ import torch
 from opweave import zoo
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture
+from opweave.compiler.place_recipes import NO_PLACES
 from opweave.compiler.plan import Plan
 from opweave.compiler.planner import GAP, DoesNotFitError, plan_step
 from opweave.cost_model.cluster import Cluster
@@ -45,7 +47,7 @@ MODELS: dict[str, tuple[int, int]] = {
     "opt-13b": (4, 1024),
     "mixtral-8x7b": (8, 1024),
 }
-CLUSTERS = ("dgx-h100", "dgx-a100-640", "dgx-v100", "dgx-a100-640x2", "dgx-v100x2")
+CLUSTERS = ("dgx-h100", "dgx-a100-640", "dgx-a100-640x2", "dgx-v100x2")
 SINGLE = ("ddp", "zero2", "zero3", "megatron_sp")
 PAIRS = ("ddp+zero3", "zero2+megatron_sp", "zero3+megatron_sp")  # for meshes of two axes
 RESULTS = Path(__file__).parent / "results" / "experts.json"
@@ -85,7 +87,7 @@ def holds(ratio: float | None, best: str | None) -> bool:
 def _planned(analysis: Analysis, cluster: Cluster, force: str | None) -> Plan | None:
     """The cheapest plan over all meshes; None where nothing fits or the recipe does not apply."""
     try:
-        return plan_step(analysis, cluster, force=force, time_limit_s=TIME_LIMIT_S)
+        return plan_step(analysis, cluster, force=force, places=NO_PLACES, time_limit_s=TIME_LIMIT_S)
     except ValueError as error:
         if force is None and not isinstance(error, DoesNotFitError):
             raise
@@ -193,9 +195,9 @@ def main(argv: list[str] | None = None) -> int:
 _HEAD = """# The solver against the experts' recipes
 
 Predicted step times by one cost model with datasheet constants, AdamW, batches a user would fine-tune with; made by
-`python -m bench.experts -o docs/experts.md`. A recipe is the best of its plans over all meshes, with the same memory and the same
-freedom to keep values elsewhere or compute them again. "second best recipe": its name and the solver's time over its.
-"none fits": no recipe stays within the memory. The command goes on with the rows that are not priced yet.
+`python -m bench.experts -o docs/experts.md`. A recipe is the best of its plans over all meshes. Both sides keep everything on the
+devices and compute nothing twice: this is about sharding alone, [memory.md](memory.md) is about the rest. "second best recipe": its
+name and the solver's time over its. "none fits": no recipe stays within the memory. The command goes on with the rows that are not priced yet.
 
 """
 
