@@ -314,6 +314,23 @@ def test_random_places(name, mesh):
         assert found == losses and [key for key in expected if not torch.equal(values[key], expected[key])] == []
 
 
+def test_a_scheduled_plan_within_limits_is_the_loop_bit_for_bit():
+    """Fetches start early and copies are waited for late, but never across the end of a micro-batch."""
+    model, batch = load("mlp-tiny")
+    losses, expected = eager_loop(copy.deepcopy(model), batch, 2)
+    step = ow.compile(model, ONE, optimizer=adamw(model), accumulate=2, memory_limit="device=90000,disk=1GB").prepare(batch)
+    nodes = list(step.program.graph.nodes)
+    end = nodes.index(micro_batches.end_of(step.program.graph))
+    waits = {node: node.args[0] for node in nodes if node.target in (tiers.settle, tiers.arrive)}
+    assert step.plan.moves and {nodes.index(wait) > end for wait in waits} == {True, False}
+    assert all((nodes.index(wait) > end) == (nodes.index(start) > end) for wait, start in waits.items())
+    assert [float(step(batch)) for _ in range(STEPS)] == losses
+    step.to_model()
+    assert [n for n, value in model.state_dict().items() if not torch.equal(value, expected[n])] == []
+    assert step.executor.memory.pools == step.plan.predicted["peak_bytes"]
+    step.executor.close()
+
+
 def all_updated_on_the_cpu(num: int) -> Any:
     """(model, batch, analysis, assignment) of one device whose parameters and state are all on the host."""
     model, batch = load("mlp-tiny")
