@@ -25,6 +25,7 @@ from torch import fx
 from .choices import Restriction
 from .factors import BoundOp, FactorMap, result_values
 from .layout import REPLICATED
+from .micro_batches import is_sum
 from .rule import tensor_args
 from .rule_table import UPDATE, op_name
 from .step_graph import StepGraph
@@ -110,6 +111,8 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int,
             return [REPLICATED]
         atoms = op_atom_ids(node, bound, factors)
         passes = [c for c in codes if is_pass(c)]
+        if is_sum(node) and recipe in ("zero2", "zero3"):
+            return [*_split_if_possible(codes), *passes]
         if recipe not in _TENSOR:
             batch = [c for c in codes if c >= 0 and atoms.get(c) in known.batch]
             return batch or [REPLICATED, *passes]

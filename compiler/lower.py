@@ -36,7 +36,8 @@ from .strategies import OpStrategy
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent together up to this many bytes (the default of torch's DistributedDataParallel, bucket_cap_mb=25)."""
 
-# Where updates run as soon as they can, so that gradients may go: no more than this share of them waits for a bucket to fill.
+# Where updates run as soon as they can, so that gradients may go, and where every micro-batch ends with the last of its gradients on their
+# way: no more than this share of them waits for a bucket to fill.
 _NUM_EARLY_BUCKETS = 16
 
 
@@ -129,8 +130,10 @@ class Lowering:
                     self._update_of[s] = (node, param)
         sums = gradient_sums(self.step)
         self._gradients |= sums.keys() | set(sums.values())
+        small_buckets = min(self.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
         if self.plan.early_updates:
-            self.bucket_bytes = min(self.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
+            self.bucket_bytes = small_buckets
+        self.micro_batches.begin(small_buckets)
         inputs = tuple(self._input(node, info) for node, info in self._infos.items())
         updates = UpdateQueue(self)
         to_park = self._to_park()
@@ -268,6 +271,11 @@ class Lowering:
         piece, layout = self._raw[value, phase]
         if value in self.plan.kept and self.plan.kept[value] != layout:
             self._kept[value, phase] = self.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+
+    def wait_for_kept(self, value: fx.Node) -> None:
+        """Emit the wait for a value of the backward pass that is on its way into the layout in which it is kept."""
+        if (value, "bwd") in self._kept:
+            self._kept[value, "bwd"]()
 
     def travels(self, value: fx.Node, reader: fx.Node) -> bool:
         """Whether a value is exchanged between ranks on its way to an op that reads it alone."""

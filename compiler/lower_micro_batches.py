@@ -3,7 +3,7 @@
 A sum is added to as soon as its gradient is there. Where the gradient travels between ranks first, it is added once so much has gathered
 behind it that it has had the time, and at the latest at the end. Of a parameter that the CPU updates the sum is on the host: each
 gradient is sent there, and added when the next one is sent. At the end each buffer's new value goes to the next micro-batch, and the
-sums that are exchanged themselves set out.
+sums that are exchanged themselves set out, a few at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +41,17 @@ class MicroBatchLowering:
     def __init__(self, lowering: Lowering) -> None:
         self._low = lowering
         self._sums = gradient_sums(lowering.step)
-        self._waiting: deque[fx.Node] = deque()
+        self._waiting: deque[tuple[fx.Node, Callable[[fx.Node], None]]] = deque()
         self._waiting_bytes = 0.0
+        self._bucket_bytes_behind = 0
         self._sent: tuple[fx.Node, fx.Node] | None = None  # (sum, what is on its way to it)
         self.on_host = {total for total in self._sums if self._is_on_host(total)}
         self.is_over = lowering.step.num_micro_batches == 1
+
+    def begin(self, bucket_bytes: int) -> None:
+        """The first micro-batch begins; until the end gradients are sent together up to so many bytes."""
+        if not self.is_over:
+            self._bucket_bytes_behind, self._low.bucket_bytes = self._low.bucket_bytes, bucket_bytes
 
     def add(self, node: fx.Node) -> None:
         """Emit an `opweave::accumulate`, now or when its operand has arrived."""
@@ -52,17 +59,14 @@ class MicroBatchLowering:
         if not self._low.travels(value, node):
             self._emit(node)
             return
-        self._waiting.append(node)
-        self._waiting_bytes += self._num_bytes(node)
-        while self._waiting_bytes > 2 * self._low.bucket_bytes:
-            self._add_oldest()
+        self._when_arrived(node, self._emit)
 
     def end(self) -> None:
         """Nothing that is emitted from here on runs more than once."""
         if self.is_over:
             return
         while self._waiting:
-            self._add_oldest()
+            self._oldest()
         self._add_sent()
         low, step = self._low, self._low.step
         brought = tuple(info.name for info in step.inputs if info.kind not in STORED_KINDS)
@@ -71,13 +75,22 @@ class MicroBatchLowering:
         old = {low.info(node).fqn: node for node in low.inputs("buffer")}
         low.e.op(micro_batches.end, brought, [low.local_input(old[fqn]) for fqn in new], list(new.values()))
         self.is_over = True
+        low.bucket_bytes = self._bucket_bytes_behind
         for total in (total for total in self._sums if total not in self.on_host):
             low.keep(total, "bwd")
+            self._when_arrived(total, low.wait_for_kept)  # what it was made of is free then
 
-    def _add_oldest(self) -> None:
-        node = self._waiting.popleft()
+    def _when_arrived(self, node: fx.Node, then: Callable[[fx.Node], None]) -> None:
+        """Do something with what is on its way to or from a sum, once more than two buckets are behind it: it has had the time."""
+        self._waiting.append((node, then))
+        self._waiting_bytes += self._num_bytes(node)
+        while self._waiting_bytes - self._num_bytes(self._waiting[0][0]) > 2 * self._low.bucket_bytes:
+            self._oldest()
+
+    def _oldest(self) -> None:
+        node, then = self._waiting.popleft()
         self._waiting_bytes -= self._num_bytes(node)
-        self._emit(node)
+        then(node)
 
     def _emit(self, node: fx.Node) -> None:
         if node not in self.on_host:
