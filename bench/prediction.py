@@ -19,7 +19,8 @@ takes one untimed step, which puts its own data into the caches. noise: how much
 Summary. error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran
 a few ops before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs
 of plans whose measured times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the
-fastest plan, worst and median over models. calibration_gain: measured time of "datasheet" over that of "auto" where the two plans differ.
+fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of "datasheet" over
+that of "auto" where the two plans differ.
 """
 
 from __future__ import annotations
@@ -301,16 +302,25 @@ def _groups(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
 
 
 def _of_model(model: str, ranks: int, rows: Sequence[Row]) -> dict[str, Any]:
-    by_plan = {row.plan: row for row in rows}
-    auto, datasheet, best = by_plan["auto"], by_plan["datasheet"], min(rows, key=lambda row: row.measured_s)
+    measured_s = _by_plan(rows)
+    auto_s, best = measured_s["auto"], min(measured_s, key=lambda plan: measured_s[plan])
+    datasheet = next(row for row in rows if row.plan == "datasheet")
     return {
         "model": model,
         "ranks": ranks,
         "kendall_tau": kendall_tau(rows),
-        "best": best.plan,
-        "picked_vs_best": auto.measured_s / best.measured_s,
-        "calibration_gain": None if datasheet.same_as else datasheet.measured_s / auto.measured_s,
+        "best": best,
+        "picked_vs_best": auto_s / measured_s[best],
+        "calibration_gain": None if datasheet.same_as else measured_s["datasheet"] / auto_s,
     }
+
+
+def _by_plan(rows: Sequence[Row]) -> dict[str, float]:
+    """Seconds by plan: rows with the same decisions are runs of one plan, whose mean counts for each."""
+    runs: dict[str, list[float]] = {}
+    for row in rows:
+        runs.setdefault(row.same_as or row.plan, []).append(row.measured_s)
+    return {row.plan: statistics.fmean(runs[row.same_as or row.plan]) for row in rows}
 
 
 def environment() -> dict[str, Any]:

@@ -46,6 +46,12 @@ def test_summary():
     assert not prediction._holds(found) and prediction._holds({**found, "median_error": 0.05, "p90_error": 0.2})
 
 
+def test_equal_plans_are_runs_of_one():
+    rows = [row("ddp", 1.0, 1.0), row("auto", 1.0, 1.2, same_as="ddp"), row("datasheet", 1.5, 1.3)]
+    found = prediction.summary(rows)["models"][0]
+    assert found["picked_vs_best"] == 1 and found["calibration_gain"] == pytest.approx(1.3 / 1.1)
+
+
 def test_a_result_file_keeps_what_was_not_measured_again(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"rows": [prediction.asdict(row("ddp", 1, 1)), prediction.asdict(row("ddp", 2, 2, model="other"))]}))
