@@ -97,9 +97,11 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int,
     batch_axes = [n for n, r in zip(mesh, recipes, strict=True) if r.startswith(("ddp", "zero")) and n > 1]
     if batch_axes and all(known.batch_size % n for n in batch_axes):
         size, pieces = known.batch_size, math.prod(batch_axes)
+        num = step.num_micro_batches
+        what = "the batch" if num == 1 else f"each of {num} micro-batches"
         raise ValueError(
-            f"forced plan {name!r} splits the batch over {pieces} devices, but its size {size} is not divisible by {pieces}; "
-            f"give a batch of {size + pieces - size % pieces}, or let the solver choose (no force)"
+            f"forced plan {name!r} splits {what} over {pieces} devices, but its size {size} is not divisible by {pieces}; "
+            f"give a batch of {num * (size + pieces - size % pieces)}, or let the solver choose (no force)"
         )
     params = {n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind == "param"}
 

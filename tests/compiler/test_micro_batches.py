@@ -28,7 +28,7 @@ from opweave.compiler.record import updatable
 from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses
 from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
-from opweave.compiler.training_step import step_inputs
+from opweave.compiler.training_step import NonFiniteLossError, step_inputs
 from opweave.cost_model.cluster import Cluster, Link
 from opweave.runtime import collectives, micro_batches, tiers
 from opweave.runtime.dry_run import dry_run
@@ -152,6 +152,32 @@ def test_a_batch_is_never_written():
     assert all(torch.equal(batch[name], value) for name, value in before.items())
 
 
+def test_one_bad_micro_batch_changes_no_parameter():
+    model, batch = load("tied")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch["weights"][5] = math.nan
+    step = ow.compile(model, ONE, optimizer=adamw(model), accumulate=4)
+    with pytest.raises(NonFiniteLossError, match="the loss of step 1 is nan"):
+        step(batch)
+    step.to_model()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model, batch = Deep(), torch.randn(8, 16)
+    reference = copy.deepcopy(model)
+    losses = []
+    for part in batch.split(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(reference(part) / 2)
+        losses[-1].backward()
+    step = ow.compile(model, ONE, loss_fn=lambda m, b: m(b), autocast=torch.bfloat16, accumulate=2).prepare(batch)
+    loss, *grads = step.executor.run(step_inputs(step.analysis, batch, 0, 0))
+    assert torch.equal(loss, losses[0] + losses[1])
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(reference.parameters(), grads, strict=True))
+
+
 def test_dropout_differs_between_micro_batches_and_steps():
     torch.manual_seed(0)
     model = Dropped()
@@ -199,6 +225,12 @@ def test_batches_that_cannot_be_cut():
         check_batch({"x": torch.ones(8, 3), "mask": torch.ones(3, 3)}, 2)
     with pytest.raises(ValueError, match="no tensor of the batch has a first dim above 1"):
         check_batch({"x": torch.ones(1, 3), "scale": torch.tensor(2.0)}, 2)
+
+
+def test_micro_batches_too_small_for_a_forced_plan():
+    model, batch = load("mlp-tiny")
+    with pytest.raises(ValueError, match=r"splits each of 8 micro-batches over 2 devices, but its size 1 .* give a batch of 16"):
+        ow.plan(model, "cpu:2", batch, force="ddp", mesh=(2,), accumulate=8)
 
 
 def test_what_all_samples_share_is_not_cut():
