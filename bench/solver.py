@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from opweave.compiler.problem import SelectionProblem
+from opweave.compiler import problem_io
 from opweave.compiler.solver import Solution, solve
 
 ANYTIME_S = 10.0
@@ -55,7 +55,7 @@ def score(path: Path, selection: list[int]) -> tuple[int | None, bool]:
 def run_instance(path: Path, name: str, limit_s: float, seed: int, best_known: int | None) -> dict[str, Any]:
     """One row of the table."""
     started = time.perf_counter()
-    problem = SelectionProblem.load(path)
+    problem = problem_io.load(path)
     loaded = time.perf_counter() - started
     kept_back = min(MARGIN * limit_s + MARGIN_S, 0.3 * limit_s)
     solution = solve(problem, time_limit_s=max(limit_s - loaded - kept_back, 0.01), gap=0.0, seed=seed)

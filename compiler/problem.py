@@ -12,20 +12,15 @@ Constraints
     forbidden: a node or edge entry of ``FORBIDDEN`` or more is never chosen.
 
 With one pool, no stream and one usage row per node this is the problem of the ASPLOS 2025 / EuroSys 2025 contest on intra-operator
-parallelism; its JSON is read and written here. All arrays are flat: the strategies of node ``n`` are
+parallelism (`problem_io` reads and writes its JSON). All arrays are flat: the strategies of node ``n`` are
 ``node_offsets[n]:node_offsets[n + 1]``, the matrix of edge ``e`` is row-major (last node fastest) from ``edge_offsets[e]``.
 """
 
 from __future__ import annotations
 
-import gc
-import gzip
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +28,6 @@ import numpy as np
 FORBIDDEN = 1e18
 """Costs at and above this mean "never" (the contest's convention); infinity means the same."""
 
-FORMAT = "opweave.selection/1"
 _MAX_EXACT = 2.0**63
 
 
@@ -176,31 +170,6 @@ class SelectionProblem:
         p = int(over[0])
         return f"pool {self.pools[p]!r} holds {peak[p]:.0f} bytes at time {when[p]}, its limit is {self.limits[p]:.0f}"
 
-    @staticmethod
-    def from_contest_json(source: str | Path | Mapping[str, Any]) -> SelectionProblem:
-        """Read the contest's JSON (a path, ``.gz`` allowed, or the parsed object) into a verified problem."""
-        return _from_contest(source if isinstance(source, Mapping) else read_json(source))
-
-    def to_contest_json(self) -> dict[str, Any]:
-        """The problem as the contest's JSON object; ``ValueError`` if it has features the contest's form lacks."""
-        return _to_contest(self)
-
-    @staticmethod
-    def load(path: str | Path) -> SelectionProblem:
-        """Read a problem in opweave's own JSON or the contest's, by its content; ``.gz`` is unpacked."""
-        data = read_json(path)
-        return _from_native(data) if isinstance(data, Mapping) and data.get("format") == FORMAT else _from_contest(data)
-
-    def save(self, path: str | Path) -> None:
-        """Write opweave's own JSON (all features); packed if the name ends in ``.gz``."""
-        text = json.dumps(_to_native(self))
-        target = Path(path)
-        if target.suffix == ".gz":
-            with gzip.open(target, "wt", compresslevel=6) as out:
-                out.write(text)
-        else:
-            target.write_text(text)
-
 
 class ProblemBuilder:
     """Collects nodes, edges and usage rows one by one; ``build`` concatenates once.
@@ -265,16 +234,16 @@ class ProblemBuilder:
         problem = SelectionProblem(
             name=self.name,
             num_strategies=sizes,
-            node_cost=_concatenate(self._node_cost),
+            node_cost=concatenate(self._node_cost),
             edges=np.array(self._edges, dtype=np.int32).reshape(-1, 2),
-            edge_cost=_concatenate(self._edge_cost),
+            edge_cost=concatenate(self._edge_cost),
             pools=tuple(self.pools),
             limits=np.array(list(self.pools.values()), dtype=np.float64),
             usage_node=usage[:, 0].copy(),
             usage_pool=usage[:, 1].copy(),
             usage_start=usage[:, 2].copy(),
             usage_end=usage[:, 3].copy(),
-            usage_bytes=_concatenate(self._usage_bytes),
+            usage_bytes=concatenate(self._usage_bytes),
             streams=self.streams,
             node_stream=self._stream_matrix(self._node_stream, self._node_cost),
             edge_stream=self._stream_matrix(self._edge_stream, self._edge_cost),
@@ -307,55 +276,40 @@ class ProblemBuilder:
         return out
 
 
-def read_json(path: str | Path) -> Any:
-    """Parse a JSON file, ``.gz`` or plain; ``ValueError`` with the file's name if it is not JSON."""
-    source = Path(path)
-    enabled = gc.isenabled()
-    gc.disable()  # millions of small lists: the cycle collector would scan them again and again
-    try:
-        raw = source.read_bytes()
-        return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{source}: not a JSON file: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{source}: JSON nested too deeply") from error
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _offsets(sizes: np.ndarray) -> np.ndarray:
     out = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=out[1:])
     return out
 
 
-def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+def concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """As numpy's, also of no parts."""
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _check(condition: Any, message: str) -> None:
+def check(condition: Any, message: str) -> None:
+    """Raises ValueError with the message where a condition of a problem does not hold."""
     if not condition:
         raise ValueError(message)
 
 
 def _verify_nodes(p: SelectionProblem) -> None:
-    _check(p.num_strategies.ndim == 1, f"num_strategies must be one-dimensional, it has shape {p.num_strategies.shape}")
-    _check((p.num_strategies >= 0).all(), "num_strategies has negative entries")
+    check(p.num_strategies.ndim == 1, f"num_strategies must be one-dimensional, it has shape {p.num_strategies.shape}")
+    check((p.num_strategies >= 0).all(), "num_strategies has negative entries")
     total = int(p.num_strategies.sum(dtype=np.int64))
-    _check(p.node_cost.shape == (total,), f"node_cost has shape {p.node_cost.shape}, num_strategies adds up to {total}")
+    check(p.node_cost.shape == (total,), f"node_cost has shape {p.node_cost.shape}, num_strategies adds up to {total}")
     _verify_costs(p.node_cost, p.node_offsets(), "node")
 
 
 def _verify_edges(p: SelectionProblem) -> None:
-    _check(p.edges.ndim == 2 and p.edges.shape[1] == 2, f"edges has shape {p.edges.shape}, expected (E, 2)")
+    check(p.edges.ndim == 2 and p.edges.shape[1] == 2, f"edges has shape {p.edges.shape}, expected (E, 2)")
     bad = ((p.edges < 0) | (p.edges >= p.num_nodes)).any(axis=1)
     if bad.any():
         e = int(np.flatnonzero(bad)[0])
         raise ValueError(f"edge {e} joins nodes {p.edges[e].tolist()}, valid node indices are 0 to {p.num_nodes - 1}")
     offsets = p.edge_offsets()
     expected = int(offsets[-1])
-    _check(p.edge_cost.shape == (expected,), f"edge_cost has shape {p.edge_cost.shape}, the edge matrices need {expected} entries")
+    check(p.edge_cost.shape == (expected,), f"edge_cost has shape {p.edge_cost.shape}, the edge matrices need {expected} entries")
     _verify_costs(p.edge_cost, offsets, "edge")
 
 
@@ -370,13 +324,13 @@ def _verify_costs(costs: np.ndarray, offsets: np.ndarray, what: str) -> None:
 
 def _verify_usage(p: SelectionProblem) -> None:
     num = len(p.usage_node)
-    _check(p.limits.shape == (len(p.pools),), f"limits has shape {p.limits.shape}, there are {len(p.pools)} pools")
+    check(p.limits.shape == (len(p.pools),), f"limits has shape {p.limits.shape}, there are {len(p.pools)} pools")
     for name, limit in zip(p.pools, p.limits.tolist(), strict=True):
-        _check(not math.isnan(limit) and limit >= 0, f"pool {name!r} has limit {limit}; a limit is a number of bytes >= 0, or infinity")
+        check(not math.isnan(limit) and limit >= 0, f"pool {name!r} has limit {limit}; a limit is a number of bytes >= 0, or infinity")
         fits = math.isinf(limit) or limit < _MAX_EXACT
-        _check(fits, f"pool {name!r} has limit {limit:g}, which overflows 64-bit bytes; use infinity for no limit")
+        check(fits, f"pool {name!r} has limit {limit:g}, which overflows 64-bit bytes; use infinity for no limit")
     for label, array in (("usage_pool", p.usage_pool), ("usage_start", p.usage_start), ("usage_end", p.usage_end)):
-        _check(array.shape == (num,), f"{label} has shape {array.shape}, usage_node has {num} rows")
+        check(array.shape == (num,), f"{label} has shape {array.shape}, usage_node has {num} rows")
     for label, array, size in (("node", p.usage_node, p.num_nodes), ("pool", p.usage_pool, len(p.pools))):
         bad = (array < 0) | (array >= size)
         if bad.any():
@@ -384,198 +338,18 @@ def _verify_usage(p: SelectionProblem) -> None:
             raise ValueError(f"usage row {row} names {label} {array[row]}, valid {label} indices are 0 to {size - 1}")
     offsets = p.usage_offsets()
     expected = int(offsets[-1])
-    _check(p.usage_bytes.shape == (expected,), f"usage_bytes has shape {p.usage_bytes.shape}, the rows need {expected} values")
+    check(p.usage_bytes.shape == (expected,), f"usage_bytes has shape {p.usage_bytes.shape}, the rows need {expected} values")
     bad = ~np.isfinite(p.usage_bytes) | (p.usage_bytes < 0)
     if bad.any():
         entry = int(np.flatnonzero(bad)[0])
         row = int(np.searchsorted(offsets, entry, side="right")) - 1
         raise ValueError(f"usage row {row} (node {p.usage_node[row]}) has {p.usage_bytes[entry]} bytes; bytes must be finite and >= 0")
-    _check(float(p.usage_bytes.sum(dtype=np.float64)) < 1e30, "usage_bytes overflow: they add up to more than 1e30 bytes")
+    check(float(p.usage_bytes.sum(dtype=np.float64)) < 1e30, "usage_bytes overflow: they add up to more than 1e30 bytes")
 
 
 def _verify_streams(p: SelectionProblem) -> None:
     num = len(p.streams)
     for label, array, width in (("node_stream", p.node_stream, p.node_cost.size), ("edge_stream", p.edge_stream, p.edge_cost.size)):
         if num or array.size:
-            _check(array.shape == (num, width), f"{label} has shape {array.shape}, expected ({num}, {width})")
-        _check(np.isfinite(array).all(), f"{label} must be finite; forbid a choice in node_cost or edge_cost instead")
-
-
-def _flat(lists: Iterable[Any], what: str) -> np.ndarray:
-    try:
-        return np.fromiter(chain.from_iterable(lists), dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{what}: expected lists of numbers: {error}") from error
-
-
-def _section(data: Any, *keys: str) -> Any:
-    at = data
-    for i, key in enumerate(keys):
-        if not isinstance(at, Mapping) or key not in at:
-            raise ValueError(f"malformed problem: {'.'.join(keys[: i + 1])} is missing")
-        at = at[key]
-    return at
-
-
-def _list_of_lists(data: Any, *keys: str) -> list[Any]:
-    value = _section(data, *keys)
-    _check(isinstance(value, list), f"malformed problem: {'.'.join(keys)} must be a list")
-    for i, item in enumerate(value):
-        if not isinstance(item, list):
-            raise ValueError(f"malformed problem: {'.'.join(keys)}[{i}] must be a list, it is {item!r:.40}")
-    return value
-
-
-def _pairs(lists: list[Any], what: str) -> np.ndarray:
-    for i, item in enumerate(lists):
-        if len(item) != 2 or not (type(item[0]) is int and type(item[1]) is int and abs(item[0]) < 2**62 and abs(item[1]) < 2**62):
-            raise ValueError(f"malformed problem: {what}[{i}] must be two integers, it is {item!r:.40}")
-    return np.array(lists, dtype=np.int64).reshape(-1, 2)
-
-
-def _lengths(lists: list[Any]) -> np.ndarray:
-    return np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
-
-
-def _contest_limit(problem: Mapping[str, Any]) -> float:
-    limit = problem.get("usage_limit")
-    if limit is None:
-        return math.inf
-    number = isinstance(limit, int | float) and not isinstance(limit, bool)
-    _check(number, f"malformed problem: usage_limit must be a number, it is {limit!r:.40}")
-    _check(not math.isnan(limit) and abs(limit) < 2**63, f"usage_limit {limit:g} overflows 64-bit bytes; leave it out for no limit")
-    return float(limit)
-
-
-def _from_contest(data: Any) -> SelectionProblem:
-    problem = _section(data, "problem")
-    _check(isinstance(problem, Mapping), "malformed problem: 'problem' must be an object")
-    costs, usages = _list_of_lists(data, "problem", "nodes", "costs"), _list_of_lists(data, "problem", "nodes", "usages")
-    intervals = _pairs(_list_of_lists(data, "problem", "nodes", "intervals"), "problem.nodes.intervals")
-    sizes, usage_sizes = _lengths(costs), _lengths(usages)
-    _check(
-        len(sizes) == len(usage_sizes) == len(intervals),
-        f"malformed problem: {len(sizes)} node costs, {len(usage_sizes)} usages, {len(intervals)} intervals; these must be equally many",
-    )
-    if (sizes != usage_sizes).any():
-        n = int(np.flatnonzero(sizes != usage_sizes)[0])
-        raise ValueError(f"malformed problem: node {n} has {sizes[n]} costs and {usage_sizes[n]} usages")
-    has_edges = "edges" in problem
-    edges = _pairs(_list_of_lists(data, "problem", "edges", "nodes"), "problem.edges.nodes") if has_edges else np.zeros((0, 2), np.int64)
-    edge_costs = _list_of_lists(data, "problem", "edges", "costs") if has_edges else []
-    _check_contest_edges(edges, _lengths(edge_costs), sizes)
-    live = (intervals[:, 1] > intervals[:, 0]) & (sizes > 0)
-    usage_bytes = _flat(usages, "problem.nodes.usages")[np.repeat(live, sizes)]
-    result = SelectionProblem(
-        name=str(problem.get("name", "problem")),
-        num_strategies=sizes.astype(np.int32),
-        node_cost=_flat(costs, "problem.nodes.costs"),
-        edges=edges.astype(np.int32),
-        edge_cost=_flat(edge_costs, "problem.edges.costs"),
-        pools=("memory",),
-        limits=np.array([_contest_limit(problem)]),
-        usage_node=np.flatnonzero(live),
-        usage_pool=np.zeros(int(live.sum()), dtype=np.int64),
-        usage_start=intervals[live, 0],
-        usage_end=intervals[live, 1],
-        usage_bytes=usage_bytes,
-    )
-    result.verify()
-    return result
-
-
-def _check_contest_edges(edges: np.ndarray, cost_sizes: np.ndarray, sizes: np.ndarray) -> None:
-    _check(len(edges) == len(cost_sizes), f"malformed problem: {len(edges)} edges but {len(cost_sizes)} edge cost lists")
-    bad = ((edges < 0) | (edges >= len(sizes))).any(axis=1)
-    if bad.any():
-        e = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"edge {e} joins nodes {edges[e].tolist()}, valid node indices are 0 to {len(sizes) - 1}")
-    expected = sizes[edges[:, 0]] * sizes[edges[:, 1]]
-    if (expected != cost_sizes).any():
-        e = int(np.flatnonzero(expected != cost_sizes)[0])
-        shape = f"{sizes[edges[e, 0]]} x {sizes[edges[e, 1]]}"
-        raise ValueError(f"malformed problem: edge {e} has {cost_sizes[e]} costs, its nodes have {shape} strategies")
-
-
-def _numbers(array: np.ndarray) -> list[Any]:
-    """JSON numbers: whole values as integers, infinity as the contest's 1e18."""
-    clipped = np.where(array >= FORBIDDEN, FORBIDDEN, array)
-    if np.all(np.floor(clipped) == clipped):
-        return clipped.astype(np.int64).tolist()
-    return clipped.tolist()
-
-
-def _split(values: list[Any], offsets: np.ndarray) -> list[list[Any]]:
-    bounds = offsets.tolist()
-    return [values[a:b] for a, b in pairwise(bounds)]
-
-
-def _to_contest(p: SelectionProblem) -> dict[str, Any]:
-    _check(not p.streams, f"the contest's form has no streams, the problem has {len(p.streams)}")
-    _check(len(p.pools) <= 1, f"the contest's form has one pool, the problem has {len(p.pools)}")
-    single = len(np.unique(p.usage_node)) == len(p.usage_node)
-    _check(single, "the contest's form has one live interval per node, this problem has nodes with several")
-    offsets = p.node_offsets()
-    usage, intervals = np.zeros(p.node_cost.size), np.zeros((p.num_nodes, 2), dtype=np.int64)
-    intervals[p.usage_node, 0], intervals[p.usage_node, 1] = p.usage_start, p.usage_end
-    usage[np.repeat(np.isin(np.arange(p.num_nodes), p.usage_node), p.num_strategies)] = _usage_by_node(p)
-    problem: dict[str, Any] = {
-        "name": p.name,
-        "nodes": {
-            "intervals": intervals.tolist(),
-            "costs": _split(_numbers(p.node_cost), offsets),
-            "usages": _split(_numbers(usage), offsets),
-        },
-        "edges": {"nodes": p.edges.tolist(), "costs": _split(_numbers(p.edge_cost), p.edge_offsets())},
-    }
-    if len(p.pools) and math.isfinite(p.limits[0]):
-        problem["usage_limit"] = _numbers(p.limits)[0]
-    return {"problem": problem}
-
-
-def _usage_by_node(p: SelectionProblem) -> np.ndarray:
-    """The rows' bytes in the order of their nodes (one row per node)."""
-    offsets = p.usage_offsets()
-    parts = [p.usage_bytes[offsets[r] : offsets[r + 1]] for r in np.argsort(p.usage_node, kind="stable")]
-    return _concatenate(parts)
-
-
-_ARRAYS: dict[str, type] = {
-    "num_strategies": np.int32,
-    "node_cost": np.float64,
-    "edges": np.int32,
-    "edge_cost": np.float64,
-    "limits": np.float64,
-    "usage_node": np.int64,
-    "usage_pool": np.int64,
-    "usage_start": np.int64,
-    "usage_end": np.int64,
-    "usage_bytes": np.float64,
-    "node_stream": np.float64,
-    "edge_stream": np.float64,
-}
-
-
-def _to_native(p: SelectionProblem) -> dict[str, Any]:
-    arrays = {key: getattr(p, key).tolist() for key in _ARRAYS}
-    return {"format": FORMAT, "name": p.name, "pools": list(p.pools), "streams": list(p.streams), **arrays}
-
-
-def _from_native(data: Mapping[str, Any]) -> SelectionProblem:
-    unknown = set(data) - set(_ARRAYS) - {"format", "name", "pools", "streams"}
-    _check(not unknown, f"malformed problem: unknown key {sorted(unknown)[:1]}")
-    arrays: dict[str, Any] = {}
-    for key, dtype in _ARRAYS.items():
-        try:
-            arrays[key] = np.array(_section(data, key), dtype=dtype)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"malformed problem: {key}: {error}") from error
-    num_streams = len(_section(data, "streams"))
-    arrays["edges"] = arrays["edges"].reshape(-1, 2)
-    for key, width in (("node_stream", arrays["node_cost"].size), ("edge_stream", arrays["edge_cost"].size)):
-        if arrays[key].size == 0:
-            arrays[key] = arrays[key].reshape(num_streams, width if num_streams else 0)
-    pools, streams = tuple(_section(data, "pools")), tuple(data["streams"])
-    result = SelectionProblem(name=str(data.get("name", "problem")), pools=pools, streams=streams, **arrays)
-    result.verify()
-    return result
+            check(array.shape == (num, width), f"{label} has shape {array.shape}, expected ({num}, {width})")
+        check(np.isfinite(array).all(), f"{label} must be finite; forbid a choice in node_cost or edge_cost instead")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..problem import SelectionProblem
+from .. import problem_io
 from .solution import HistoryPoint, Solution
 from .solve import solve
 
@@ -28,7 +28,7 @@ def solve_file(
     ``status``, ``reason``, ``seconds`` (reading the file included). With ``progress`` a live line goes to standard error.
     """
     started = time.perf_counter()
-    problem = SelectionProblem.load(path)
+    problem = problem_io.load(path)
     kept_back = min(0.02 * time_limit_s + 2.0, 0.3 * time_limit_s)  # for starting the process and the last steps
     remaining = max(time_limit_s - kept_back - (time.perf_counter() - started), 0.01)
     solution = solve(problem, time_limit_s=remaining, gap=gap, seed=seed, progress=_live_line if progress else None)

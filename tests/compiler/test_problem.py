@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from opweave.compiler import problem_io
 from opweave.compiler.problem import FORBIDDEN, ProblemBuilder, SelectionProblem
+from opweave.compiler.problem_io import from_contest, to_contest
 
 EXAMPLE = {
     "problem": {
@@ -70,17 +72,17 @@ def test_evaluate_rejects_bad_selections() -> None:
 
 
 def test_contest_example_round_trip() -> None:
-    problem = SelectionProblem.from_contest_json(EXAMPLE)
+    problem = from_contest(EXAMPLE)
     assert problem.evaluate([0, 0, 2, 1, 0]).objective == 445
     assert problem.evaluate([0, 0, 1, 1, 0]).reason == "pool 'memory' holds 55 bytes at time 50, its limit is 50"
-    assert problem.to_contest_json() == EXAMPLE
+    assert to_contest(problem) == EXAMPLE
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.json.gz"])
 def test_native_json_round_trip(tmp_path, name) -> None:
     problem = two_pools()
-    problem.save(tmp_path / name)
-    back = SelectionProblem.load(tmp_path / name)
+    problem_io.save(problem, tmp_path / name)
+    back = problem_io.load(tmp_path / name)
     assert back.pools == problem.pools
     assert back.streams == problem.streams
     for key in ("num_strategies", "node_cost", "edges", "edge_cost", "limits", "usage_bytes", "node_stream", "edge_stream"):
@@ -89,7 +91,7 @@ def test_native_json_round_trip(tmp_path, name) -> None:
 
 def test_contest_form_refuses_what_it_cannot_say() -> None:
     with pytest.raises(ValueError, match="has no streams, the problem has 2"):
-        two_pools().to_contest_json()
+        to_contest(two_pools())
 
 
 BROKEN = [
@@ -121,17 +123,17 @@ def test_malformed_contest_json_is_a_clear_error(where, value, message) -> None:
         at = at[key]
     at[where[-1]] = value
     with pytest.raises(ValueError, match=message):
-        SelectionProblem.from_contest_json(data)
+        from_contest(data)
 
 
 def test_not_json(tmp_path) -> None:
     path = tmp_path / "p.json"
     path.write_text('{"problem": ')
     with pytest.raises(ValueError, match="not a JSON file"):
-        SelectionProblem.load(path)
+        problem_io.load(path)
     path.write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="problem is missing"):
-        SelectionProblem.load(path)
+        problem_io.load(path)
 
 
 def test_builder_errors() -> None:
@@ -150,5 +152,5 @@ def test_builder_errors() -> None:
 def test_forbidden_is_the_contests_convention() -> None:
     data = copy.deepcopy(EXAMPLE)
     data["problem"]["nodes"]["costs"][1][0] = 10**18
-    assert SelectionProblem.from_contest_json(data).evaluate([0, 0, 2, 1, 0]).objective == math.inf
+    assert from_contest(data).evaluate([0, 0, 2, 1, 0]).objective == math.inf
     assert FORBIDDEN == 1e18

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opweave.compiler import problem_io
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 from opweave.compiler.solver.command import solve_file
@@ -139,7 +140,7 @@ def test_malformed_problem_is_an_error() -> None:
 
 
 def test_solve_file(tmp_path) -> None:
-    chain(10, 4, 10 * 50.0).save(tmp_path / "p.json.gz")
+    problem_io.save(chain(10, 4, 10 * 50.0), tmp_path / "p.json.gz")
     answer = solve_file(tmp_path / "p.json.gz", time_limit_s=10.0, output=tmp_path / "solution.json")
     assert set(answer) >= {"solution", "cost", "lower_bound", "status", "seconds"}
     assert (tmp_path / "solution.json").exists()
