@@ -22,7 +22,7 @@ import torch
 
 from opweave.cost_model.cluster import Cluster
 
-from . import prediction, prediction_models
+from . import prediction, prediction_models, prediction_summary
 
 SKIPPED = 77
 GPU_NAMES = tuple(case.name for case in prediction_models.GPU_CASES)
@@ -33,7 +33,7 @@ def measure(models: Sequence[str], clusters: Path) -> dict[str, Any]:
     rows = prediction.run(1, models, clusters)
     cluster = Cluster.load(clusters / "cluster-1.json")
     prediction.forget(clusters)
-    found = prediction.summary(rows)
+    found = prediction_summary.summary(rows)
     return {
         "environment": {**prediction.environment(), "device": cluster.device.name},
         "calibration": dict(cluster.calibration or {}),

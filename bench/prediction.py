@@ -15,12 +15,7 @@ predicted_s: the simulation of the lowered program with the calibrated prices. m
 rank's step, as calibration takes it, for other programs only ever add.
 The plans of a model take turns in one process group, so that what else the machine does meets all alike; before each timed step a plan
 takes one untimed step, which puts its own data into the caches. noise: how much the two halves of the rounds differ.
-
-Summary. error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran
-a few ops before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs
-of plans whose measured times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the
-fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of "datasheet" over
-that of "auto" where the two plans differ.
+`prediction_summary` says what is made of the rows.
 """
 
 from __future__ import annotations
@@ -28,7 +23,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import itertools
 import json
 import os
 import platform
@@ -37,8 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,37 +53,12 @@ from opweave.host_memory import keep_freed_memory
 from opweave.runtime.groups import on_first_rank
 
 from . import prediction_models
+from .prediction_summary import Row, holds, markdown, plot, summary, table
 from .speed import Speed
 
-GOALS = {"median_error": 0.10, "p90_error": 0.25, "kendall_tau": 0.8, "picked_vs_best": 1.05}
 FORCED = ("ddp", "zero3", "megatron")
 ROUNDS, STEPS_PER_ROUND = 6, 1
 PLANNING_S = 10.0
-LEAST_NOISE = 0.02
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One plan of one model. planned_s: what the plan says. same_as: a plan with the same decisions. drift: see `speed`."""
-
-    model: str
-    plan: str
-    ranks: int
-    predicted_s: float
-    measured_s: float
-    planned_s: float
-    noise: float
-    mesh: str
-    same_as: str | None = None
-    drift: float = 1.0
-
-    @property
-    def error(self) -> float:
-        return self.predicted_s / self.measured_s - 1
-
-    @property
-    def error_less_drift(self) -> float:
-        return self.predicted_s * self.drift / self.measured_s - 1
 
 
 # -- in the job's processes ---------------------------------------------------------------------------------------------------------
@@ -252,77 +221,6 @@ def forget(clusters: Path) -> None:
         file.unlink()
 
 
-def kendall_tau(rows: Iterable[Row]) -> float | None:
-    """Agreement of the order by prediction with the measured one, -1 to 1; None where all plans are alike within noise."""
-    signs = []
-    for a, b in itertools.combinations(rows, 2):
-        noise = 2 * max(a.noise, b.noise, LEAST_NOISE / 2)
-        if a.same_as is None and b.same_as is None and abs(a.measured_s / b.measured_s - 1) > noise:
-            signs.append(1 if (a.predicted_s < b.predicted_s) == (a.measured_s < b.measured_s) else -1)
-    return statistics.fmean(signs) if signs else None
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """See the module's text."""
-    errors = sorted(abs(row.error) for row in rows)
-    per_model = [_of_model(model, ranks, group) for (model, ranks), group in _groups(rows).items() if ranks > 1]
-    taus = [m["kendall_tau"] for m in per_model if m["kendall_tau"] is not None]
-    picked = [m["picked_vs_best"] for m in per_model]
-    gains = [m["calibration_gain"] for m in per_model if m["calibration_gain"] is not None]
-    return {
-        "num_rows": len(rows),
-        "median_error": statistics.median(errors),
-        "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
-        "less_drift": _less_drift(rows),
-        "error_by_ranks": {str(n): statistics.median(abs(r.error) for r in rows if r.ranks == n) for n in sorted({r.ranks for r in rows})},
-        "kendall_tau": statistics.fmean(taus) if taus else None,
-        "kendall_tau_least": min(taus, default=None),
-        "picked_vs_best": max(picked, default=None),
-        "picked_vs_best_median": statistics.median(picked) if picked else None,
-        "calibration_gain": {"num_plans": len(gains), "median": statistics.median(gains) if gains else None, "all": sorted(gains)},
-        "goals": GOALS,
-        "models": per_model,
-    }
-
-
-def _less_drift(rows: Sequence[Row]) -> dict[str, float]:
-    errors = sorted(abs(row.error_less_drift) for row in rows)
-    return {
-        "median_error": statistics.median(errors),
-        "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
-        "largest_drift": max((row.drift for row in rows), key=lambda drift: abs(drift - 1)),
-    }
-
-
-def _groups(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    found: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.model, row.ranks), []).append(row)
-    return found
-
-
-def _of_model(model: str, ranks: int, rows: Sequence[Row]) -> dict[str, Any]:
-    measured_s = _by_plan(rows)
-    auto_s, best = measured_s["auto"], min(measured_s, key=lambda plan: measured_s[plan])
-    datasheet = next(row for row in rows if row.plan == "datasheet")
-    return {
-        "model": model,
-        "ranks": ranks,
-        "kendall_tau": kendall_tau(rows),
-        "best": best,
-        "picked_vs_best": auto_s / measured_s[best],
-        "calibration_gain": None if datasheet.same_as else measured_s["datasheet"] / auto_s,
-    }
-
-
-def _by_plan(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds by plan: rows with the same decisions are runs of one plan, whose mean counts for each."""
-    runs: dict[str, list[float]] = {}
-    for row in rows:
-        runs.setdefault(row.same_as or row.plan, []).append(row.measured_s)
-    return {row.plan: statistics.fmean(runs[row.same_as or row.plan]) for row in rows}
-
-
 def environment() -> dict[str, Any]:
     """What a result needs to be read later: machine, versions, commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -343,36 +241,6 @@ def merged(rows: Iterable[Row], path: Path | None) -> list[Row]:
     done = {(row.model, row.ranks) for row in new}
     old = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path is not None and path.exists() else []
     return [row for row in old if (row.model, row.ranks) not in done] + new
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Predicted over measured time, one point per row. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 5))
-    ends = [min(r.measured_s for r in rows) * 800, max(r.measured_s for r in rows) * 1250]
-    axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, [0.9 * e for e in ends], [1.1 * e for e in ends], color="black", alpha=0.1, linewidth=0, label="within 10 %")
-    for ranks, marker in zip(sorted({r.ranks for r in rows}), "osD^", strict=False):
-        chosen = [r for r in rows if r.ranks == ranks]
-        label = f"{ranks} rank{'s' if ranks > 1 else ''}"
-        points = [1e3 * r.measured_s for r in chosen], [1e3 * r.predicted_s for r in chosen]
-        axes.scatter(*points, s=14, marker=marker, label=label, alpha=0.7)
-    axes.set(xscale="log", yscale="log", xlabel="measured step, ms", ylabel="predicted step, ms", xlim=ends, ylim=ends)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise  drift"]
-    for r in rows:
-        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%} {r.drift - 1:+6.1%}"
-        lines.append(f"{r.model:12} {r.plan:10} {r.ranks:5} {times}")
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -405,13 +273,8 @@ def main() -> int:
         forget(args.clusters)
     if args.plot is not None:
         plot(rows, args.plot)
-    print(json.dumps(result) if args.json else _table(rows) + "\n" + json.dumps(result["summary"], indent=1))
-    return 0 if _holds(result["summary"]) else 1
-
-
-def _holds(found: dict[str, Any]) -> bool:
-    below: dict[str, Callable[[float, float], bool]] = {"kendall_tau": lambda value, goal: value >= goal}
-    return all(found[name] is None or below.get(name, lambda value, goal: value <= goal)(found[name], goal) for name, goal in GOALS.items())
+    print(json.dumps(result) if args.json else f"{table(rows)}\n{json.dumps(result['summary'], indent=1)}\n{markdown(rows)}")
+    return 0 if holds(result["summary"]) else 1
 
 
 if __name__ == "__main__":

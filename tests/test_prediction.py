@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from opweave.bench import gpu_calibration, prediction, prediction_models, two_hosts
-from opweave.bench.prediction import Row
+from opweave.bench import gpu_calibration, prediction, prediction_models, prediction_summary, two_hosts
+from opweave.bench.prediction_summary import Row
 from opweave.cost_model.cluster import Cluster
 
 ROOT = Path(__file__).parents[1]
@@ -22,39 +22,46 @@ def row(plan, predicted, measured, *, model="m", ranks=2, noise=0.01, same_as=No
 
 
 def test_the_order_of_plans():
-    assert prediction.kendall_tau([row("a", 1, 10), row("b", 2, 20), row("c", 3, 30)]) == 1
-    assert prediction.kendall_tau([row("a", 3, 10), row("b", 2, 20), row("c", 1, 30)]) == -1
-    assert prediction.kendall_tau([row("a", 2, 10), row("b", 1, 20), row("c", 3, 30)]) == pytest.approx(1 / 3)
+    assert prediction_summary.kendall_tau([row("a", 1, 10), row("b", 2, 20), row("c", 3, 30)]) == 1
+    assert prediction_summary.kendall_tau([row("a", 3, 10), row("b", 2, 20), row("c", 1, 30)]) == -1
+    assert prediction_summary.kendall_tau([row("a", 2, 10), row("b", 1, 20), row("c", 3, 30)]) == pytest.approx(1 / 3)
 
 
 def test_plans_that_noise_cannot_tell_apart_are_ties():
-    assert prediction.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.01)]) is None
-    assert prediction.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, noise=0.06)]) is None
-    assert prediction.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1)]) == -1
-    assert prediction.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, same_as="a")]) is None
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.01)]) is None
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, noise=0.06)]) is None
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1)]) == -1
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, same_as="a")]) is None
 
 
 def test_summary():
     rows = [row("ddp", 1.1, 1.0), row("auto", 0.9, 0.8), row("datasheet", 1.5, 1.2), row("batch 8", 2.0, 1.0, ranks=1)]
-    found = prediction.summary(rows)
+    found = prediction_summary.summary(rows)
     assert found["num_rows"] == 4 and found["median_error"] == pytest.approx(0.1875) and found["p90_error"] == 1.0
     assert found["kendall_tau"] == 1 and found["picked_vs_best"] == 1
-    assert found["less_drift"] == {"median_error": found["median_error"], "p90_error": 1.0, "largest_drift": 1.0}
+    assert found["less_drift"] == {"median_error": found["median_error"], "p90_error": 1.0} and found["largest_drift"] == 1
     slower = dataclasses.replace(rows[0], measured_s=2.2, drift=2.0)
     assert slower.error == pytest.approx(-0.5) and slower.error_less_drift == pytest.approx(0.0)
     assert found["calibration_gain"] == {"num_plans": 1, "median": pytest.approx(1.5), "all": [pytest.approx(1.5)]}
-    assert not prediction._holds(found) and prediction._holds({**found, "median_error": 0.05, "p90_error": 0.2})
+    assert not prediction_summary.holds(found) and prediction_summary.holds({**found, "median_error": 0.05, "p90_error": 0.2})
+
+
+def test_the_summary_as_a_table():
+    rows = [row("ddp", 1.1, 1.0), row("auto", 0.9, 0.8), row("datasheet", 1.5, 1.2), row("batch 8", 2.0, 1.0, ranks=1)]
+    lines = prediction_summary.markdown(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 1", "| 2", "| all"]
+    assert lines[2] == "| 1 | 1 | 100.0% | 100.0% | 100.0%, 100.0% | - | - |" and lines[3].endswith("| 1.00 | 1.000 |")
 
 
 def test_equal_plans_are_runs_of_one():
     rows = [row("ddp", 1.0, 1.0), row("auto", 1.0, 1.2, same_as="ddp"), row("datasheet", 1.5, 1.3)]
-    found = prediction.summary(rows)["models"][0]
+    found = prediction_summary.summary(rows)["models"][0]
     assert found["picked_vs_best"] == 1 and found["calibration_gain"] == pytest.approx(1.3 / 1.1)
 
 
 def test_a_result_file_keeps_what_was_not_measured_again(tmp_path):
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({"rows": [prediction.asdict(row("ddp", 1, 1)), prediction.asdict(row("ddp", 2, 2, model="other"))]}))
+    path.write_text(json.dumps({"rows": [dataclasses.asdict(row("ddp", 1, 1)), dataclasses.asdict(row("ddp", 2, 2, model="other"))]}))
     kept = prediction.merged([row("ddp", 3, 3)], path)
     assert [(r.model, r.measured_s) for r in kept] == [("other", 2), ("m", 3)]
     assert prediction.merged([row("ddp", 3, 3)], None) == [row("ddp", 3, 3)]
@@ -67,10 +74,10 @@ def test_an_interrupted_run_goes_on_with_the_models_that_are_left(tmp_path, monk
         asked.append((ranks, command[-1]))
         file = tmp_path / f"rows-{ranks}.json"
         rows = [*prediction.finished_rows(file), row("ddp", 3, 3, model="gnn")]
-        file.write_text(json.dumps({"commit": prediction.environment()["commit"], "rows": [prediction.asdict(r) for r in rows]}))
+        file.write_text(json.dumps({"commit": prediction.environment()["commit"], "rows": [dataclasses.asdict(r) for r in rows]}))
 
     monkeypatch.setattr(prediction, "torchrun", torchrun)
-    left = {"commit": prediction.environment()["commit"], "rows": [prediction.asdict(row("ddp", 1, 1, model="mlp"))]}
+    left = {"commit": prediction.environment()["commit"], "rows": [dataclasses.asdict(row("ddp", 1, 1, model="mlp"))]}
     (tmp_path / "rows-2.json").write_text(json.dumps(left))
     assert [r.model for r in prediction.run(2, ["mlp", "gnn"], tmp_path)] == ["mlp", "gnn"]
     assert [r.model for r in prediction.run(2, ["mlp", "gnn"], tmp_path)] == ["mlp", "gnn"]
