@@ -80,7 +80,7 @@ def run_part(name: str, args: argparse.Namespace) -> Row:
     kept = [] if args.again else part.rows()
     planned: dict[str, tuple[Callable[[Any], list[Row]], Callable[[list[Row]], Row]]] = {
         "frontier": (lambda save: memory_frontier.frontier(args.models, args.clusters, kept, save), memory_frontier.frontier_summary),
-        EFFICIENCY: (lambda save: memory_frontier.efficiency(memory_frontier.EFFICIENCY, kept, save), efficiency_summary),
+        EFFICIENCY: (lambda save: memory_frontier.efficiency(_cases(args.models), kept, save), efficiency_summary),
     }
     if name in planned:
         make, summarise = planned[name]
@@ -91,12 +91,17 @@ def run_part(name: str, args: argparse.Namespace) -> Row:
     return part.save(rows, summarise(rows))
 
 
+def _cases(models: list[str]) -> list[tuple[str, str]]:
+    """(model, cluster) of the efficiency table."""
+    return [case for case in memory_frontier.EFFICIENCY if case[0] in models]
+
+
 def efficiency_summary(rows: list[Row]) -> Row:
     """Efficiencies by model, and whether all were planned in time. The rest is to be read beside the bound."""
     return {
         "by_model": {
             f"{row['model']} on {row['cluster']}, batch {row['batch'][0]}": {
-                "efficiency": row["efficiency"], "bound": row["bound_efficiency"], "binds": row["binds"],
+                "efficiency": row["efficiency"], "bound": row["bound_efficiency"], "binds": row["bound"]["binds"],
             }
             for row in rows
         },
@@ -116,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--efficiency", action="store_true", help="the efficiency table instead")
-    parser.add_argument("--models", default=",".join(memory_frontier.MODELS), help="of the frontier")
+    parser.add_argument("--models", default=None, help="of the frontier, or of the efficiency table")
     parser.add_argument("--clusters", default=",".join(memory_frontier.CLUSTERS), help="of the frontier")
     parser.add_argument("--disk-path", default=None, help="folder of the disk tier (default: the system's temporary one)")
     parser.add_argument("--again", action="store_true", help="plan rows anew that are in the results already")
@@ -124,8 +129,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     args.parts = [EFFICIENCY] if args.efficiency else args.parts.split(",")
-    args.models, args.clusters = args.models.split(","), args.clusters.split(",")
-    for what, given, known in (("part", args.parts, (*PARTS, EFFICIENCY)), ("model", args.models, memory_frontier.MODELS)):
+    models = [name for name, _ in memory_frontier.EFFICIENCY] if args.efficiency else list(memory_frontier.MODELS)
+    args.models, args.clusters = args.models.split(",") if args.models else models, args.clusters.split(",")
+    for what, given, known in (("part", args.parts, (*PARTS, EFFICIENCY)), ("model", args.models, models)):
         unknown = [name for name in given if name not in known]
         if unknown:
             parser.error(f"unknown {what} {', '.join(map(repr, unknown))}; there are {', '.join(known)}")

@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from opweave import zoo
@@ -20,7 +19,9 @@ from opweave.compiler.capture import capture
 from opweave.compiler.plan import Plan
 from opweave.compiler.planner import GAP, DoesNotFitError, plan_step
 from opweave.cost_model.cluster import Cluster
-from opweave.cost_model.transfers import cpu_update_seconds, transfer_coefficients
+from opweave.cost_model.transfers import transfer_coefficients
+
+from .memory_bound import least_seconds
 
 # model → global batch (samples, and length or image side)
 MODELS: dict[str, tuple[int, int]] = {
@@ -184,46 +185,6 @@ def frontier_table(rows: Sequence[Row]) -> str:
 # -- efficiency -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bound:
-    """The least seconds a step can take when parameters and AdamW's state do not fit: `seconds`, what binds, and the bytes that move in it
-    per device. The shares say what becomes of the parameters' elements."""
-
-    seconds: float
-    binds: str
-    to_device_bytes: float
-    to_host_bytes: float
-    shares: dict[str, float]
-
-
-def least_seconds(num_elements: float, compute_s: float, room_bytes: float, cluster: Cluster) -> Bound:
-    """The bound from arithmetic alone. num_elements: of the parameters, per device. room_bytes: on the device.
-
-    Each element is resident (12 bytes: float32 value and two moments), or updated by the CPU (8 bytes come for forward and backward, 4 go:
-    the gradient), or fetched with its moments (16 come, 12 go). The best mix makes the largest of compute, both directions of the link and
-    the CPU's update least. Activations, latencies and everything that is not hidden are left out, so no plan is faster.
-    """
-    _, in_s = transfer_coefficients("host_to_device", cluster)
-    _, out_s = transfer_coefficients("device_to_host", cluster)
-    resident = min(1.0, room_bytes / (12 * num_elements))
-    cpu = np.linspace(0.0, 1.0 - resident, 1001)
-    fetched = 1.0 - resident - cpu
-    to_device, to_host = (8 * cpu + 16 * fetched) * num_elements, (4 * cpu + 12 * fetched) * num_elements
-    times = {
-        "compute": np.full_like(cpu, compute_s),
-        "host to device": to_device * in_s,
-        "device to host": to_host * out_s,
-        "CPU update": cpu * cpu_update_seconds(num_elements, cluster),
-    }
-    slowest = np.max(list(times.values()), axis=0)
-    at = int(slowest.argmin())
-    return Bound(
-        seconds=float(slowest[at]), binds=max(times, key=lambda name: times[name][at]), to_device_bytes=float(to_device[at]),
-        to_host_bytes=float(to_host[at]),
-        shares={"resident": resident, "updated by the CPU": float(cpu[at]), "fetched": float(fetched[at])},
-    )  # fmt: skip
-
-
 def with_host(cluster: Cluster) -> Cluster:
     """A single GPU gets a host of 512 GiB; a DGX has its own."""
     return replace(cluster, host=replace(cluster.host, memory_bytes=HOST_BYTES)) if cluster.num_devices == 1 else cluster
@@ -248,34 +209,53 @@ def _efficiency_row(name: str, cluster: Cluster, size: int) -> Row:
     analysis = analysed(name, batch, autocast_of(cluster))
     unlimited = _planned(analysis, cluster, {"device": _UNLIMITED}, places="keep")
     assert unlimited is not None, f"{name} has no plan at all"
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     ours = _planned(analysis, cluster, None)
-    seconds = time.perf_counter() - started
-    full_s = unlimited.solver["objective_s"]
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    full_s = unlimited.predicted["step_time_s"]
     elements = zoo.row(name).num_parameters / cluster.num_devices
-    bound = least_seconds(elements, full_s, cluster.device.usable_bytes, cluster)
+    bound = least_seconds(elements, full_s, cluster.device.usable_bytes, cluster.host_bytes_per_device, cluster)
+    assert bound is not None, f"{name} does not fit on {cluster.name}"
     return {
         "model": name, "batch": list(batch), "cluster": cluster.name, "host_bytes": cluster.host.memory_bytes, "unlimited_s": full_s,
         "unlimited_bytes": unlimited.predicted["peak_bytes"]["device"], "ours": _times(ours) if ours else None,
-        "efficiency": full_s / ours.solver["objective_s"] if ours else None,
-        "efficiency_simulated": unlimited.predicted["step_time_s"] / ours.predicted["step_time_s"] if ours else None,
+        "efficiency": full_s / ours.predicted["step_time_s"] if ours else None,
+        "efficiency_objective": unlimited.solver["objective_s"] / ours.solver["objective_s"] if ours else None,
+        "streams_s": ours.predicted["streams"] if ours else {}, "exposed_s": ours.predicted["exposed"] if ours else {},
+        "peak_bytes": ours.predicted["peak_bytes"] if ours else {}, "moved_bytes": _moved(ours, cluster) if ours else {},
         "gap": ours.solver["gap"] if ours else None, "residency": ours.residency if ours else {}, "state": ours.state if ours else {},
-        "bound_s": bound.seconds, "bound_efficiency": full_s / bound.seconds, "binds": bound.binds,
-        "bound_to_device_bytes": bound.to_device_bytes, "bound_to_host_bytes": bound.to_host_bytes, "bound_shares": bound.shares,
-        "planning_s": seconds, "planned_in_time": seconds <= PLANNING_GOAL_S,
+        "bound": asdict(bound), "bound_efficiency": full_s / bound.seconds,
+        "planning_s": seconds, "planning_cpu_s": cpu_s, "planned_in_time": cpu_s <= PLANNING_GOAL_S,
     }  # fmt: skip
 
 
+def _moved(plan: Plan, cluster: Cluster) -> dict[str, float]:
+    """Bytes over the link per direction, from the seconds it is busy."""
+    streams = plan.predicted["streams"]
+    return {way: streams.get(way, 0.0) / transfer_coefficients(way, cluster)[1] for way in ("host_to_device", "device_to_host")}
+
+
 def efficiency_table(rows: Sequence[Row]) -> str:
-    """Markdown."""
+    """Markdown. Bytes are per device and step, of the plan and of the bound."""
     lines = [
-        "| model | cluster | batch | unlimited, s | ours, s | efficiency | bound | what binds | planned in, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | cluster | batch | unlimited, s | ours, s | efficiency | bound | what binds | computing, s | to device, GB | "
+        "to host, GB | CPU update, s | host memory, GB | planned in, s of CPU |",
+        "|---" * 14 + "|",
     ]
     for row in rows:
-        ours = f"{row['ours']['objective_s']:.3g} | {row['efficiency']:.1%}" if row["ours"] else "does not fit | —"
-        lines.append(
-            f"| {row['model']} | {row['cluster']} | {row['batch'][0]} x {row['batch'][1]} | {row['unlimited_s']:.3g} | {ours} | "
-            f"{row['bound_efficiency']:.1%} | {row['binds']} | {row['planning_s']:.0f} |"
-        )
+        cells = [row["model"], row["cluster"], f"{row['batch'][0]} x {row['batch'][1]}", f"{row['unlimited_s']:.3g}"]
+        cells += [f"{row['ours']['predicted_s']:.3g}", f"{row['efficiency']:.1%}"] if row["ours"] else ["does not fit", "—"]
+        bound, streams = row["bound"], row["streams_s"]
+        cells += [f"{row['bound_efficiency']:.1%}", bound["binds"]]
+        cells += [_beside(streams.get("compute"), bound["seconds_of"]["compute"], 1.0)]
+        cells += [_beside(row["moved_bytes"].get("host_to_device"), bound["to_device_bytes"], 1e9)]
+        cells += [_beside(row["moved_bytes"].get("device_to_host"), bound["to_host_bytes"], 1e9)]
+        cells += [_beside(streams.get("cpu", 0.0), bound["seconds_of"]["CPU update"], 1.0)]
+        cells += [_beside(row["peak_bytes"].get("host"), bound["host_bytes"], 1e9), f"{row['planning_cpu_s']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _beside(ours: float | None, bound: float, unit: float) -> str:
+    """"ours (bound)"."""
+    return f"{'—' if ours is None else format(ours / unit, '.3g')} ({bound / unit:.3g})"

@@ -24,7 +24,7 @@ from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import PARTIAL_NAME, Layout, replicated, spec_of
 from .lower_micro_batches import MicroBatchLowering, let_sums_take_over
-from .lower_updates import UpdateQueue
+from .lower_updates import UpdateQueue, sent_narrow
 from .micro_batches import gradient_sums, is_sum
 from .reshard import Step, steps
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
@@ -116,6 +116,13 @@ class Lowering:
         self._gradients: set[fx.Node] = set()
         self._infos: dict[fx.Node, GraphInput] = {}
         self.micro_batches = MicroBatchLowering(self)
+        # Casts of parameters that are not run: the narrow value is fetched. Update → its gradient before it is cast, where that is sent.
+        self._fetched = {cast: p for p, cast in self.uses.casts.items() if assignment.state.get(p, ON_DEVICE).cast}
+        self.narrow = {
+            op: narrow for p, op in self.uses.parameters() if assignment.state.get(p, ON_DEVICE).cast
+            if (narrow := sent_narrow(self.uses, assignment, op)) is not None
+        }  # fmt: skip
+        self._not_run = {tensor_args(op)[1] for op in self.narrow}
 
     def run(self) -> LocalProgram:
         """The whole program."""
@@ -136,6 +143,7 @@ class Lowering:
         self.micro_batches.begin(small_buckets)
         inputs = tuple(self._input(node, info) for node, info in self._infos.items())
         updates = UpdateQueue(self)
+        updates.resume()
         to_park = self._to_park()
         for node in self.step.ops:
             if is_getitem(node) or op_name(node) == UPDATE:
@@ -145,7 +153,8 @@ class Lowering:
                 continue
             if node.meta["op"].phase == "update":
                 self.micro_batches.end()
-            self.emit(node)
+            if node not in self._not_run:
+                self.emit(node)
             for unit in to_park.get(node, ()):
                 self._park(unit)
             updates.after(node)
@@ -182,8 +191,13 @@ class Lowering:
         self._raw[node, "fwd"] = (local, layout)
         return Port(
             name=node.name, kind=info.kind, fqn=info.fqn, slot=info.slot, group=info.group, dtype=node.meta["val"].dtype,
-            spec=self.spec(node, layout), tier=self.tier(node),
+            spec=self.spec(node, layout), tier=self.tier(node), cast=self._cast_type(node),
         )  # fmt: skip
+
+    def _cast_type(self, stored: fx.Node) -> torch.dtype | None:
+        """The narrower type in which an input is stored, too."""
+        cast = self.uses.casts.get(stored)
+        return cast.meta["val"].dtype if cast in self._fetched else None  # type: ignore[union-attr]
 
     def info(self, placeholder: fx.Node) -> GraphInput:
         """What an input is."""
@@ -198,8 +212,12 @@ class Lowering:
         return self.spec(stored, self._raw[stored, "fwd"][1])
 
     def local_input(self, stored: fx.Node) -> fx.Node:
-        """The local placeholder of an input."""
+        """The local node of an input: its placeholder, or what an update that the last step deferred makes of it."""
         return self._raw[stored, "fwd"][0]
+
+    def replace_input(self, stored: fx.Node, local: fx.Node) -> None:
+        """From here on an input is this."""
+        self._raw[stored, "fwd"] = (local, self._raw[stored, "fwd"][1])
 
     def output(self, value: fx.Node) -> fx.Node:
         """A local value as it leaves the step, complete on every rank."""
@@ -237,6 +255,10 @@ class Lowering:
 
     def _op(self, node: fx.Node, phase: str) -> None:
         """Emit an op for the readers of a phase: its own, or a later one that makes its results again."""
+        if node in self._fetched:
+            local_param, stored = self._raw[self._fetched[node], "fwd"]
+            self._made(node, phase, self.e.op(tiers.arrive, self.e.op(tiers.fetch_cast, local_param)), stored)
+            return
         bound = self.factors.bind(node)
         chosen = self.plan.ops[node]
         args = tensor_args(node)
@@ -254,9 +276,13 @@ class Lowering:
                 piece = self.e.op(operator.getitem, result, index)
             layout = chosen.results[index]
             assert layout is not None, f"result {index} of {node.name} has no layout"
-            self._raw[value, phase] = (piece, layout)
-            if not is_sum(node):  # which is not complete before all micro-batches are
-                self.keep(value, phase)
+            self._made(value, phase, piece, layout)
+
+    def _made(self, value: fx.Node, phase: str, piece: fx.Node, layout: Layout) -> None:
+        """A value is there, for the readers of a phase."""
+        self._raw[value, phase] = (piece, layout)
+        if not is_sum(value):  # which is not complete before all micro-batches are
+            self.keep(value, phase)
 
     def made(self, value: fx.Node, local: fx.Node) -> None:
         """The result of an op of one result, which somebody else has emitted for it."""
@@ -360,7 +386,7 @@ class Lowering:
         elif maker is unit and self.plan.residency[unit] in (HOST, DISK):
             return "fwd"  # too small to be worth a copy
         else:
-            self._num_recomputed += maker is unit
+            self._num_recomputed += maker is unit and maker not in self._fetched
             self._op(maker, "bwd")
         return "bwd"
 

@@ -24,7 +24,7 @@ from .rule import tensor_args
 from .rule_table import UPDATE, argument, op_name
 
 if TYPE_CHECKING:
-    from .lower import Lowering
+    from .lower import Assignment, Lowering
 
 NewValues = dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
 _Key = tuple[str, int, StatePlace]
@@ -41,10 +41,25 @@ class UpdateQueue:
         self._full: list[tuple[_Key, list[fx.Node]]] = []
         self._new: NewValues = {}
         self._returning: list[tuple[fx.Node, Callable[[], fx.Node]]] = []
-        self._on_cpu: list[tuple[list[fx.Node], fx.Node, StatePlace]] = []  # updates under way, waited for at the end
-        self._sent: tuple[_Key, list[fx.Node], list[str], list[fx.Node]] | None = None
+        # Updates under way, with their gradients, waited for at the end; gradients sent for an update of the next step.
+        self._on_cpu: list[tuple[list[fx.Node], fx.Node, list[fx.Node], StatePlace]] = []
+        self._deferred: list[tuple[fx.Node, fx.Node]] = []
         self._left = [node for node in lowering.step.ops if op_name(node) == UPDATE]
         self._due = due_after(lowering.uses, lowering.plan.residency) if lowering.plan.early_updates else {}
+
+    def resume(self) -> None:
+        """At the beginning of the step: start what the last one deferred, in the order in which the forward pass reads."""
+        deferred = [op for op in self._left if self._defers(op)]
+        readers, order = self._low.uses.readers_of_inputs, self._low.uses.order
+        for op in sorted(deferred, key=lambda op: order[readers[tensor_args(op)[0]][0]]):
+            param, _, *states = tensor_args(op)
+            local = [self._low.local_input(value) for value in (param, *states)]
+            started = self._low.e.op(tiers.start_deferred, local[:1], [local[1:]], [self._low.info(param).fqn])
+            for i, value in enumerate((param, *states)):
+                self._low.replace_input(value, self._low.e.op(operator.getitem, started, i))
+
+    def _defers(self, op: fx.Node) -> bool:
+        return op in self._low.narrow and self._plan.state[tensor_args(op)[0]].deferred
 
     def after(self, node: fx.Node) -> None:
         """An op has been emitted: the updates that waited for it join their bucket; a full bucket goes once the next one is full too,
@@ -68,9 +83,10 @@ class UpdateQueue:
         for key, ops in (*self._full, *self._open.items()):
             for call in self._calls(key, ops):
                 self._emit(key, call)
-        self._start_sent()
-        for ops, started, place in self._on_cpu:
-            self._results(ops, self._low.e.op(tiers.updated, started), place)
+        for op, sent in self._deferred:
+            self._defer(op, sent)
+        for ops, started, settled, place in self._on_cpu:
+            self._results(ops, self._low.e.op(tiers.updated, started, settled), place)
         for param, returned in self._returning:
             self._new["param", self._low.info(param).fqn, ""] = (returned(), self._low.stored_spec(param))
         return self._new
@@ -130,25 +146,36 @@ class UpdateQueue:
         return self._low.e.op(update.fused_update, params, grads, states, kind, group, fqns, self._low.loss())
 
     def _send(self, key: _Key, ops: list[fx.Node], fqns: list[str]) -> None:
-        """Send gradients to the CPU. They are waited for, and their update starts, when the next ones are sent: until then they travel."""
-        self._start_sent()
-        grads = []
-        for op in ops:
-            grad = tensor_args(op)[1]
-            local = self._low.get(grad, "update", self._plan.ops[op].operands[1])
-            grads.append(local if grad in self._low.micro_batches.on_host else self._low.e.op(tiers.offload, local, HOST))
-        self._sent = (key, ops, fqns, grads)
-
-    def _start_sent(self) -> None:
-        if self._sent is None:
+        """Send gradients to the CPU, whose update begins when they have arrived. The step goes on: they are let go (settled) at the end, or
+        where the schedule knows them to be there."""
+        kind, group, place = key
+        sent = [self._send_gradient(op) for op in ops]
+        if place.deferred and all(map(self._defers, ops)):
+            self._deferred += [(op, self._low.e.op(tiers.settle, grad)) for op, grad in zip(ops, sent, strict=True)]
             return
-        (kind, group, place), ops, fqns, sent = self._sent
-        self._sent = None
-        grads = [self._low.e.op(tiers.settle, grad) if grad.target is tiers.offload else grad for grad in sent]
         params = [self._low.local_input(tensor_args(op)[0]) for op in ops]
         states = [[self._low.local_input(slot) for slot in tensor_args(op)[2:]] for op in ops]
-        started = self._low.e.op(tiers.host_update, params, grads, states, kind, group, fqns, self._low.loss())
-        self._on_cpu.append((ops, started, place))
+        started = self._low.e.op(tiers.host_update, params, sent, states, kind, group, fqns, self._low.loss())
+        settled = [self._low.e.op(tiers.settle, grad) for grad in sent if grad.target in (tiers.offload, tiers.send_gradient)]
+        self._on_cpu.append((ops, started, settled, place))
+
+    def _send_gradient(self, op: fx.Node) -> fx.Node:
+        param, grad = tensor_args(op)[:2]
+        layout = self._plan.ops[op].operands[1]
+        if op in self._low.narrow:
+            local = self._low.get(self._low.narrow[op], "bwd", layout)
+            return self._low.e.op(tiers.send_gradient, self._low.local_input(param), local)
+        local = self._low.get(grad, "update", layout)
+        return local if grad in self._low.micro_batches.on_host else self._low.e.op(tiers.offload, local, HOST)
+
+    def _defer(self, op: fx.Node, settled: fx.Node) -> None:
+        """Leave an update to the next step, each by itself: so it is taken up again."""
+        param, _, *states = tensor_args(op)
+        kind, group, place = self._key(op)
+        local = [self._low.local_input(value) for value in (param, *states)]
+        fqns = [self._low.info(param).fqn]
+        kept = self._low.e.op(tiers.defer_update, local[:1], [settled], [local[1:]], kind, group, fqns, self._low.loss())
+        self._results([op], kept, place)
 
     # -- new values -------------------------------------------------------------------------------------------------------
 
@@ -168,6 +195,16 @@ class UpdateQueue:
 
     def _write_back(self, stored: fx.Node, local: fx.Node) -> fx.Node:
         return self._low.e.op(tiers.settle, self._low.e.op(tiers.write_back, self._low.local_input(stored), local))
+
+
+def sent_narrow(uses: Uses, plan: Assignment, op: fx.Node) -> fx.Node | None:
+    """The gradient of an update on the CPU before it is cast to the parameter's type, where nothing else is done to it behind that."""
+    narrow, (param, grad) = uses.narrow_gradient(op), tensor_args(op)[:2]
+    if narrow is None:
+        return None
+    cast, layout = plan.ops[grad], plan.inputs[param]
+    same = cast.operands[0] == cast.results[0] == plan.ops[op].operands[1] == plan.kept.get(grad, layout) == layout
+    return narrow if same else None
 
 
 def due_after(uses: Uses, residency: dict[fx.Node, str]) -> dict[fx.Node, list[fx.Node]]:

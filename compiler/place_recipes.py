@@ -84,7 +84,9 @@ def place_restriction(
         return PlaceRestriction(units=kept, state=_state_off_device)
     if name == OFFLOAD_ALL:
         moved = {unit: frozenset(tiers) for unit in kept if _in_block(unit)}
-        return PlaceRestriction(units=kept | moved, state=lambda place: DEVICE not in (place.param, place.state))
+        # Parameters in the type they are read in are no results: they are fetched, once or twice.
+        narrow = dict.fromkeys(uses.casts.values(), frozenset({KEEP, RECOMPUTE}))
+        return PlaceRestriction(units=kept | moved | narrow, state=lambda place: DEVICE not in (place.param, place.state))
     return PlaceRestriction()
 
 

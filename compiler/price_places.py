@@ -8,7 +8,10 @@ again from when fetching must start (without prefetching: no longer than it is r
 of its tier. Recomputed: until the last forward reader, and again from the first time it, or something made from it in the same block, is
 asked for. Times are positions in the step graph; seconds are turned into positions by the running sum of the ops' seconds.
 
-Time. A copy is in the stream of its direction and costs what the step's computation cannot hide. Running an op again costs what it cost.
+Time. A copy is in the stream of its direction and costs what the computation of its phase cannot hide (`overlap`). Running an op again
+costs what it cost. The narrow form of a parameter (`Uses.casts`) is a unit like any other, only that where it is fetched its second making
+is a second fetch.
+
 Along a chain of recomputation every operand must be there: an edge forbids "recompute" beside a dropped operand, and beside an operand that
 an earlier block would have to make again.
 """
@@ -16,9 +19,10 @@ an earlier block would have to make again.
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +34,7 @@ from .choices import Choice
 from .layout import num_pieces
 from .lower_updates import due_after
 from .micro_batches import is_sum, update_of_sum
+from .overlap import BWD, CPU, FWD, STREAMS
 from .place_recipes import AUTO, DROP, place_restriction
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
 from .rule import tensor_args
@@ -37,24 +42,26 @@ from .rule import tensor_args
 if TYPE_CHECKING:
     from .pricing import Pricer
 
-CPU = "cpu"
 _FORBIDDEN = float("inf")
 _LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
 # Bits of a size class: pieces of what the update works on, of what is stored, of a sum over micro-batches.
 _UPDATE, _STORED, _SUM, _MASK = 0, 20, 40, (1 << 20) - 1
 _NEVER_FREE = 0.01  # share of a hidden copy's seconds that counts all the same: of plans that hide all they move, the one that moves least
 
-# What a tier's copies occupy, per direction; the disk reads and writes through one path.
-STREAMS = {(HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "disk", (DISK, "in"): "disk"}
 DIRECTIONS = {
     (HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "host_to_disk", (DISK, "in"): "disk_to_host",
 }  # fmt: skip
 
 
-def streams_of(tiers: Sequence[str]) -> tuple[str, ...]:
-    """The streams that places need, given the tiers there are."""
-    names = [STREAMS[tier, way] for tier in tiers for way in ("out", "in")]
-    return tuple(dict.fromkeys([*names, *([CPU] if HOST in tiers else [])]))
+@dataclass(slots=True)
+class _Seconds:
+    """Seconds per stream and phase (see `overlap`), each an array over the options of a node or an edge."""
+
+    of: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    def add(self, stream: str, phase: str, seconds: np.ndarray) -> None:
+        """Add to one of them."""
+        self.of[stream, phase] = self.of.get((stream, phase), 0.0) + seconds
 
 
 @dataclass(slots=True)
@@ -75,6 +82,7 @@ class PlacePricer:
         self._pricer = pricer
         self._graph = pricer.graph
         self._cluster: Cluster = pricer.cluster
+        self._overlap = pricer.overlap
         self._tiers = tuple(tiers)
         self._recipe = recipe
         self.uses = Uses(pricer.graph.step)
@@ -89,6 +97,7 @@ class PlacePricer:
         self.due = {op: self._order[node] for node, ops in due_after(self.uses, {}).items() for op in ops}
         self.gradient_end = {tensor_args(op)[1]: at + 1 for op, at in self.due.items()}
         self._nodes: dict[fx.Node, PlaceNode] = {}
+        self._casts = set(self.uses.casts.values())
 
     # -- what is decided --------------------------------------------------------------------------------------------------
 
@@ -122,6 +131,8 @@ class PlacePricer:
             self._chain(unit)
         for param, op in self.params.items():
             self._param(param, op)
+            if param in self.uses.casts:
+                self._fetched_again(param, self.uses.casts[param])
         return list(self._nodes.values())
 
     def _running_seconds(self) -> np.ndarray:
@@ -178,26 +189,26 @@ class PlacePricer:
         pieces = np.array([num_pieces(layout, self._graph.mesh) for layout in layouts])
         classes = sorted(set(pieces.tolist()))
         places = [KEEP, RECOMPUTE] if self.uses.later[unit] else [DROP, RECOMPUTE, KEEP]
-        if self.uses.later[unit]:
+        if self.uses.later[unit] and unit not in self._casts:
             places += self._tiers
         places = self._allowed.of_unit(unit, places)
         options = [(c, place) for c in classes for place in places]
         local = np.array([num_bytes / c for c, _ in options])
-        streams: dict[str, np.ndarray] = {}
+        seconds = _Seconds()
         for tier in self._tiers:
-            for way in ("out", "in"):
+            for way, phase in (("out", FWD), ("in", BWD)):
                 moved = np.where(_is(options, tier), self._num_runs * self._copy_s(tier, way, local), 0.0)
-                streams[STREAMS[tier, way]] = streams.get(STREAMS[tier, way], np.zeros(len(options))) + moved
-        node = self._add(unit, options, streams)
+                seconds.add(STREAMS[tier, way], phase, moved)
+        node = self._add(unit, options, seconds)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
         if tie is not op:
             self._tie_sizes(op, None, node, op, recomputed=True)
         self._unit_memory(unit, node, local)
 
-    def _add(self, member: fx.Node, options: list, streams: dict[str, np.ndarray], exposed: np.ndarray | float = 0.0) -> PlaceNode:
+    def _add(self, member: fx.Node, options: list, seconds: _Seconds, exposed: np.ndarray | float = 0.0) -> PlaceNode:
         """exposed: seconds that count in full."""
-        costs = np.zeros(len(options)) + exposed + sum(_NEVER_FREE * seconds for seconds in streams.values())
-        index = self._pricer.builder.add_node(costs, {k: v for k, v in streams.items() if np.any(v)} or None)
+        costs = np.zeros(len(options)) + exposed + sum(_NEVER_FREE * each for each in seconds.of.values())
+        index = self._pricer.builder.add_node(costs, self._overlap.of(seconds.of) or None)
         node = self._nodes[member] = PlaceNode(index, member, options)
         return node
 
@@ -208,7 +219,7 @@ class PlacePricer:
         if recomputed and choice is op:
             again = self._num_runs * _is(node.options, RECOMPUTE)[None, :]
             cost += self._pricer.op_costs[op.index][:, None] * again
-            streams = self._pricer.hidden_behind(self._pricer.op_seconds[op.index][:, None] * again)
+            streams = self._pricer.hidden_behind(self._pricer.op_seconds[op.index][:, None] * again, BWD)
         if pieces is not None:
             fits = pieces[:, None] == np.array([c for c, _ in node.options])[None, :]
             cost = np.where(fits, cost, _FORBIDDEN)
@@ -276,12 +287,13 @@ class PlacePricer:
 
     # -- parameters and optimizer state -----------------------------------------------------------------------------------
 
-    def _state_places(self) -> list[StatePlace]:
+    def _state_places(self, cast: bool) -> list[StatePlace]:
+        """cast: whether the parameter is read in a narrower type."""
         out = [ON_DEVICE]
         for tier in self._tiers:
             out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
         if HOST in self._tiers and self._cluster.device.kind != "cpu":
-            out.append(StatePlace(HOST, HOST, HOST))
+            out.append(StatePlace(HOST, HOST, HOST, cast=cast))
         return self._allowed.of_state(out)
 
     def _param(self, param: fx.Node, op: fx.Node) -> None:
@@ -295,15 +307,14 @@ class PlacePricer:
             ties.append((summing, np.array([num_pieces(s.results[0], self._graph.mesh) for s in summing.options]), _SUM))
         classes = [[int(n) << shift for n in sorted(set(pieces.tolist()))] for _, pieces, shift in ties]
         # The CPU updates a parameter where it is stored, so in the layout it is stored in.
-        sizes, places = [sum(parts) for parts in itertools.product(*classes)], self._state_places()
+        sizes, places = [sum(parts) for parts in itertools.product(*classes)], self._state_places(param in self.uses.casts)
         options = [(c, pl) for c in sizes for pl in places if pl.update == DEVICE or c >> _STORED & _MASK == c & _MASK]
         num_elements = param.meta["val"].numel()
         p_bytes = num_elements * param.meta["val"].element_size() / _pieces(options, _STORED)
         share = _pieces(options, _UPDATE)
         s_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in tensor_args(op)[2:]) / share
-        early = op in self.due
-        streams, exposed = self._state_streams(options, p_bytes, s_bytes, num_elements / share, early)
-        node = self._add(param, options, streams, exposed)
+        seconds, exposed = self._state_seconds(op, options, p_bytes, s_bytes, num_elements / share)
+        node = self._add(param, options, seconds, exposed)
         for choice, pieces, shift in ties:
             fits = pieces[:, None] == _pieces(options, shift)[None, :]
             cost = np.where(fits, 0.0, _FORBIDDEN)
@@ -318,48 +329,84 @@ class PlacePricer:
             self._use(node, DEVICE, 0, self._end, g_bytes * ~on_host)
             self._use(node, HOST, 0, self._end, g_bytes * on_host)
 
-    def _state_streams(
-        self, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray, early: bool
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | float]:
-        """(seconds per stream and option, seconds that nothing hides): parameters come in for every forward and backward pass, and once
-        more for a late update. Behind several micro-batches there is no computation left to hide anything; streams run side by side."""
-        during: dict[str, np.ndarray] = {}
-        behind: dict[str, np.ndarray] = during if self._num_runs == 1 else {}
+    def _state_seconds(
+        self, op: fx.Node, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray
+    ) -> tuple[_Seconds, np.ndarray | float]:
+        """(seconds per option, seconds that nothing hides): parameters come in for every forward and backward pass, and once more for a
+        late update; of their narrow form the fetches for the backward pass are in an edge (`_fetched_again`). Behind several micro-batches
+        there is no computation left to hide anything; streams run side by side."""
+        during = _Seconds()
+        behind = during if self._num_runs == 1 else _Seconds()
         summed_on_host = _summed_on_host(options)
-
-        def add(streams: dict[str, np.ndarray], name: str, seconds: np.ndarray) -> None:
-            streams[name] = streams.get(name, 0.0) + seconds
-
+        narrow = self._narrow_share(tensor_args(op)[0], [pl for _, pl in options])
+        deferrable = self._narrow_gradient(op) and (narrow < 1)
         for tier in self._tiers:
             p_off = np.array([pl.param == tier for _, pl in options])
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
             on_cpu = np.array([pl.update == tier for _, pl in options])
-            fetched, gradient = self._copy_s(tier, "in", p_bytes * p_off), self._copy_s(tier, "out", p_bytes * on_cpu)
-            add(during, STREAMS[tier, "in"], 2 * self._num_runs * fetched)
-            add(during, STREAMS[tier, "out"], self._num_runs * gradient * summed_on_host)
-            add(behind, STREAMS[tier, "in"], (0 if early else 1) * fetched * ~on_cpu + self._copy_s(tier, "in", s_bytes * s_off))
-            add(behind, STREAMS[tier, "out"], self._copy_s(tier, "out", s_bytes * s_off))
-            add(behind, STREAMS[tier, "out"], self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu) + gradient * ~summed_on_host)
+            fetched = self._copy_s(tier, "in", p_bytes * narrow * p_off)
+            gradient = self._copy_s(tier, "out", p_bytes * np.where(deferrable, narrow, 1.0) * on_cpu)
+            during.add(STREAMS[tier, "in"], FWD, self._num_runs * fetched)
+            during.add(STREAMS[tier, "in"], BWD, self._num_runs * fetched * (narrow == 1))
+            during.add(STREAMS[tier, "out"], BWD, self._num_runs * gradient * summed_on_host)
+            behind.add(STREAMS[tier, "in"], BWD, (op not in self.due) * fetched * ~on_cpu + self._copy_s(tier, "in", s_bytes * s_off))
+            behind.add(STREAMS[tier, "out"], BWD, self._copy_s(tier, "out", s_bytes * s_off) + gradient * ~summed_on_host)
+            behind.add(STREAMS[tier, "out"], BWD, self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
             if on_cpu.any():
-                add(during, CPU, (self._num_runs - 1) * cpu_add_seconds(1.0, self._cluster) * p_bytes * summed_on_host)
-                add(behind, CPU, np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0))
-        return during, 0.0 if behind is during else np.max([0.0 * p_bytes, *behind.values()], axis=0)
+                adding = (self._num_runs - 1) * cpu_add_seconds(1.0, self._cluster) * p_bytes * summed_on_host
+                updating = np.where(on_cpu, [cpu_update_seconds(float(n), self._cluster) for n in num_elements], 0.0)
+                for phase, share in (("", 1.0), (BWD, np.where(deferrable, 0.0, 1.0))):
+                    during.add(CPU, phase, adding * share)
+                    behind.add(CPU, phase, updating * share)
+        return during, 0.0 if behind is during else np.max([0.0 * p_bytes, *behind.of.values()], axis=0)
+
+    def _narrow_share(self, param: fx.Node, places: Sequence[StatePlace]) -> np.ndarray:
+        """Per place the share of a parameter's bytes that is fetched: less than 1 where that is its narrow form."""
+        cast = self.uses.casts.get(param)
+        share = 1.0 if cast is None else cast.meta["val"].element_size() / param.meta["val"].element_size()
+        return np.array([share if place.cast else 1.0 for place in places])
+
+    def _narrow_gradient(self, op: fx.Node) -> bool:
+        """Whether a gradient can be sent to the CPU as the backward pass makes it. On several devices what is summed is the wide one."""
+        return math.prod(self._graph.mesh) == 1 and self.uses.narrow_gradient(op) is not None
+
+    def _fetched_again(self, param: fx.Node, cast: fx.Node) -> None:
+        """An edge: the narrow form of a parameter, thrown away behind the forward pass, is fetched again for the backward pass."""
+        node, unit = self._nodes[param], self._nodes.get(cast)
+        places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
+        fetched = np.array([place.cast for place in places])
+        if unit is None or not fetched.any():
+            return
+        num_bytes = cast.meta["val"].numel() * cast.meta["val"].element_size() / _pieces(node.options, _STORED) * fetched
+        seconds = _Seconds()
+        again = self._num_runs * _is(unit.options, RECOMPUTE)[:, None]
+        seconds.add(STREAMS[HOST, "in"], BWD, again * self._copy_s(HOST, "in", num_bytes)[None, :])
+        costs = _NEVER_FREE * seconds.of[STREAMS[HOST, "in"], BWD]
+        self._pricer.builder.add_edge(unit.index, node.index, costs, self._overlap.of(seconds.of))
 
     def _state_memory(self, param: fx.Node, op: fx.Node, node: PlaceNode, p_bytes: np.ndarray, s_bytes: np.ndarray) -> None:
         places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
         at = self.due.get(op, self._order[op])
+        narrow = self._narrow_share(param, places)
         self._use(node, DEVICE, 0, self._end, p_bytes * np.array([pl.param == DEVICE for pl in places]))
         self._use(node, DEVICE, 0, self._end, s_bytes * np.array([pl.state == DEVICE for pl in places]))
         self._use(node, DEVICE, at, at + 1, s_bytes * np.array([pl.state != DEVICE and pl.update == DEVICE for pl in places]))
         for tier in self._tiers:
             p_off = p_bytes * np.array([pl.param == tier for pl in places])
             s_off = s_bytes * np.array([pl.state == tier for pl in places])
-            self._use(node, tier, 0, self._end, p_off + s_off)
+            self._use(node, tier, 0, self._end, p_off * np.where(narrow < 1, 1 + narrow, 1.0) + s_off)
             back = self._ahead_s(tier, "in", p_bytes)
             for start, end in self._windows(param, self.due.get(op)):
-                self._use(node, DEVICE, self._before(start, back), end, p_off)
+                self._use(node, DEVICE, self._before(start, back), end, p_off * (narrow == 1))
             if op not in self.due:
                 self._use(node, DEVICE, at, at + 1, p_off * np.array([pl.update == DEVICE for pl in places]))
+            for start in self._narrow_needs(param):  # the unit's memory begins there
+                self._use(node, DEVICE, self._before(start, back), start, p_off * narrow * (narrow < 1))
+
+    def _narrow_needs(self, param: fx.Node) -> list[int]:
+        """Positions at which the narrow form of a parameter is there, per phase."""
+        cast = self.uses.casts.get(param)
+        return [self._order[cast], self._needed_by_block[cast]] if cast in self._nodes else []  # type: ignore[index]
 
     def _windows(self, param: fx.Node, update_at: int | None) -> list[tuple[int, int]]:
         """Positions between which a parameter is there, per phase: forward, and backward with an early update."""
@@ -372,6 +419,8 @@ class PlacePricer:
                 if phase == "bwd" and update_at is not None:
                     end = max(end, update_at + 1)
                 out.append((min(at), end))
+            elif phase == "bwd" and update_at is not None:
+                out.append((update_at, update_at + 1))  # read by its cast alone, which is kept or made again before
         return out
 
 

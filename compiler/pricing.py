@@ -29,21 +29,18 @@ from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
 from .micro_batches import first_behind, is_sum, num_runs
+from .overlap import Overlap
 from .place_recipes import AUTO
-from .price_places import CPU, PlaceNode, PlacePricer, streams_of
+from .price_places import PlaceNode, PlacePricer
 from .problem import ProblemBuilder, SelectionProblem
 from .reshard import ReshardError, Step, steps
-from .residency import DEVICE, DISK, HOST
+from .residency import DEVICE, DISK, HOST, Uses
 from .rule import results_of, tensor_args
 from .rule_table import UPDATE, op_name
 from .strategies import OpStrategy
 from .views import aliased_operand
 
 SIDE = "collectives"
-COPIES_HIDDEN = 0.9
-"""Share of the computation's time that copies between tiers can hide behind: copy engines and I/O threads run beside it, but nothing
-hides the first and the last of them."""
-
 TIERS = (HOST, DISK)
 _FORBIDDEN = float("inf")
 
@@ -139,6 +136,7 @@ class PricedProblem:
     graph: ChoiceGraph
     op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member in a whole step
     places: list[PlaceNode] = field(default_factory=list)
+    uses: Uses | None = None  # where there are places
 
 
 class Pricer:
@@ -146,12 +144,12 @@ class Pricer:
 
     def __init__(
         self, graph: ChoiceGraph, cluster: Cluster, limits: Mapping[str, float], *, places: bool = False, recipe: str = AUTO,
-        copies_hidden: float = COPIES_HIDDEN, prefetch: bool = True, busy_weight: float = 0.0,
+        copies_hidden: float = 1.0, prefetch: bool = True, busy_weight: float = 0.0,
     ) -> None:  # fmt: skip
         """limits: bytes per pool. places: also choose where tensors live, on the device or in the other pools there are limits for, as far
-        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of the computation's time that hides copies. prefetch: whether
-        copies have time to be made before their results are needed. busy_weight: what
-        a second of computing counts beside its second of the step."""
+        as the recipe leaves a choice (`place_recipes`). copies_hidden: share of a phase's computation that copies between tiers may take.
+        prefetch: whether copies have time to be made before their results are needed. busy_weight: what a second of computing counts beside
+        its second of the step."""
         self.graph = graph
         self.cluster = cluster
         self.mesh = graph.mesh
@@ -161,12 +159,13 @@ class Pricer:
         self._busy_weight = busy_weight
         tiers = [tier for tier in TIERS if limits.get(tier)] if places else []
         overlap = cluster.overlap if math.prod(graph.mesh) > 1 else 0.0
-        # What one second of computation hides, per stream.
-        self._hides = {SIDE: overlap} if overlap else {}
-        self._hides |= dict.fromkeys(streams_of(tiers), copies_hidden)
+        # What one second of computation hides: of collectives, and of copies between tiers.
+        self._side_hidden = overlap
+        self.overlap = Overlap(tiers, copies_hidden)
         self.prefetch = prefetch
         pools = {pool: limits[pool] for pool in (DEVICE, *tiers)}
-        self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=tuple(self._hides))
+        streams = ((SIDE,) if overlap else ()) + self.overlap.streams
+        self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=streams)
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
@@ -184,16 +183,18 @@ class Pricer:
             self._edge(link)
         self._memory()
         places = self._places.add() if self._places is not None else []
+        uses = self._places.uses if self._places is not None else None
         seconds = {index: costs * self.num_runs(self.graph.choices[index].phase) for index, costs in self.op_seconds.items()}
-        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=seconds, places=places)
+        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=seconds, places=places, uses=uses)
 
     def num_runs(self, phase: str) -> int:
         """How often the ops of a phase run in a step."""
         return num_runs(self.graph.step, phase)
 
-    def hidden_behind(self, seconds: np.ndarray, phase: str = "bwd") -> dict[str, np.ndarray] | None:
-        """What computation of so many seconds takes off each stream. The CPU has gradients to work on in the backward pass only."""
-        return {name: -share * seconds for name, share in self._hides.items() if phase == "bwd" or name != CPU} or None
+    def hidden_behind(self, seconds: np.ndarray, phase: str) -> dict[str, np.ndarray] | None:
+        """What computation of so many seconds in a phase takes off each stream."""
+        side = {SIDE: -self._side_hidden * seconds} if self._side_hidden else {}
+        return side | self.overlap.hidden_behind(seconds, phase) or None
 
     # -- time -----------------------------------------------------------------------------------------------------------
 
@@ -305,7 +306,7 @@ class Pricer:
             if own and link.source.kind == "input":
                 agree = np.array([[all(a[x] == b[x] for x in own) for b in target.options] for a in link.source_layouts])
                 matrix = np.where(agree, matrix, _FORBIDDEN)
-        if link.side and SIDE in self._hides:
+        if link.side and self._side_hidden:
             finite = np.isfinite(matrix)
             stream = np.where(finite, matrix, 0.0)
             self.builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), {SIDE: stream})

@@ -16,6 +16,7 @@ from .analyse import Analysis
 from .choices import ChoiceGraph
 from .layout import num_pieces
 from .lower import BUCKET_BYTES, Assignment, Moves
+from .lower_updates import sent_narrow
 from .naming import module_rows, usual_names
 from .plan import Decision, Plan, decisions_of, dtype_name, fingerprint, to_assignment
 from .pricing import PricedProblem
@@ -40,14 +41,15 @@ class Outcome:
 
 @dataclass(slots=True)
 class Candidate:
-    """One mesh with its solved problem. with_places: whether it also chose where tensors live. moves: its schedule. bucket_bytes: as in
-    `lower.Assignment`."""
+    """One mesh with its solved problem. with_places: whether it also chose where tensors live. moves, deferred: its schedule (see
+    `schedule`, `defer`). bucket_bytes: as in `lower.Assignment`."""
 
     mesh: tuple[int, ...]
     priced: PricedProblem
     solution: Solution
     with_places: bool = False
     moves: Moves = field(default_factory=list)
+    deferred: frozenset[str] = frozenset()
     bucket_bytes: int = BUCKET_BYTES
 
     def assignment(self) -> Assignment:
@@ -58,8 +60,10 @@ class Candidate:
         for node in self.priced.places:
             _, place = node.options[selection[node.index]]
             if isinstance(place, StatePlace):
+                assert self.priced.uses is not None, "places were priced"
+                place = possible(out, self.priced.uses, node.member, replace(place, deferred=node.member.name in self.deferred))
                 if place != ON_DEVICE:
-                    out.state[node.member] = place if updatable(out, node.member, place) else replace(place, update=DEVICE)
+                    out.state[node.member] = place
             elif place != KEEP:
                 # What nobody asks for again is made again for nobody.
                 out.residency[node.member] = place if place in self.tiers else RECOMPUTE
@@ -76,10 +80,18 @@ class Candidate:
         return tuple(pool for pool in self.priced.problem.pools if pool != DEVICE)
 
 
-def updatable(assignment: Assignment, param: fx.Node, place: StatePlace) -> bool:
-    """Whether a parameter can be updated as the place says: the CPU needs it in the very layout in which it is stored."""
-    update = next(user for user in param.users if op_name(user) == UPDATE)
-    return place.update == DEVICE or assignment.ops[update].operands[0] == assignment.inputs[param]
+def possible(assignment: Assignment, uses: Uses, param: fx.Node, place: StatePlace) -> StatePlace:
+    """The place, or the next to it that the layouts allow: the CPU updates a parameter in the very layout in which it is stored, and what
+    is fetched in a narrower type is read in that layout."""
+    if place.update == DEVICE:
+        return place
+    update, stored = next(user for user in param.users if op_name(user) == UPDATE), assignment.inputs[param]
+    if assignment.ops[update].operands[0] != stored:
+        return StatePlace(place.param, place.state, DEVICE)
+    cast = uses.casts.get(param) if place.cast else None
+    if cast is None or not assignment.ops[cast].operands[0] == assignment.ops[cast].results[0] == stored:
+        return StatePlace(place.param, place.state, place.update)
+    return replace(place, deferred=place.deferred and sent_narrow(uses, assignment, update) is not None)
 
 
 def record(

@@ -30,28 +30,48 @@ from .views import aliased_operand
 DEVICE, HOST, DISK = "device", "host", "disk"
 KEEP, RECOMPUTE = "keep", "recompute"
 SMALL_BYTES = 1 << 12
+CAST = "_to_copy.default"
 
 
 @dataclass(frozen=True, slots=True)
 class StatePlace:
-    """Where a parameter and its optimizer state live between uses, and who updates them ("device", or "host": the CPU)."""
+    """Where a parameter and its optimizer state live between uses, and who updates them ("device", or "host": the CPU).
+
+    cast: the device fetches the parameter in the narrower type in which it is read, which the host stores beside it (see `cast_of`); its
+    gradient goes there in that type. deferred: the CPU's update runs beside the next step's forward pass.
+    """
 
     param: str = DEVICE
     state: str = DEVICE
     update: str = DEVICE
+    cast: bool = False
+    deferred: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast and (self.param, self.update) != (HOST, HOST):
+            raise ValueError(f"{self.text!r}: what is fetched in a narrower type is stored on the host and updated there")
+        if self.deferred and not self.cast:
+            raise ValueError(f"{self.text!r}: only the update of a parameter that is fetched in a narrower type can run in the next step")
 
     @property
     def text(self) -> str:
-        """As in plans: "param device, state host, update host"."""
-        return f"param {self.param}, state {self.state}, update {self.update}"
+        """As in plans: "param device, state host, update host", "param host (cast), state host, update host (deferred)"."""
+        cast, deferred = " (cast)" * self.cast, " (deferred)" * self.deferred
+        return f"param {self.param}{cast}, state {self.state}, update {self.update}{deferred}"
 
     @classmethod
     def parse(cls, text: str) -> StatePlace:
         """The inverse of `text`. Raises ValueError."""
-        found = re.fullmatch(r"param (device|host|disk), state (device|host|disk), update (device|host)", text)
+        found = _PLACE.fullmatch(text)
         if found is None:
             raise ValueError(f"{text!r} is no place of a parameter; one reads {StatePlace().text!r}")
-        return cls(*found.groups())
+        return cls(found["param"], found["state"], found["update"], bool(found["cast"]), bool(found["deferred"]))
+
+
+_PLACE = re.compile(
+    r"param (?P<param>device|host|disk)(?P<cast> \(cast\))?, state (?P<state>device|host|disk), "
+    r"update (?P<update>device|host)(?P<deferred> \(deferred\))?"
+)
 
 
 ON_DEVICE = StatePlace()
@@ -123,6 +143,27 @@ class Uses:
                 number, last = number + 1, block
             out[unit] = number
         return out
+
+    @cached_property
+    def casts(self) -> dict[fx.Node, fx.Node]:
+        """Trained parameter → the forward op that casts it to a narrower type, where nothing else reads it."""
+        out = {}
+        for param, _ in self.parameters():
+            readers = self.readers_of_inputs[param]
+            if len(readers) == 1 and op_name(readers[0]) == CAST and readers[0].args[0] is param and readers[0] in self.producers:
+                before, after = param.meta["val"].dtype, readers[0].meta["val"].dtype
+                if before.is_floating_point and after.is_floating_point and after.itemsize < before.itemsize:
+                    out[param] = readers[0]
+        return out
+
+    def narrow_gradient(self, update: fx.Node) -> fx.Node | None:
+        """The gradient of an update in the type its parameter is read in, where it is cast to the parameter's type at the end only."""
+        param, grad = tensor_args(update)[:2]
+        cast = self.casts.get(param)
+        if cast is None or grad.op != "call_function" or op_name(grad) != CAST or len(grad.users) != 1:
+            return None
+        narrow = tensor_args(grad)[0]
+        return narrow if narrow.meta["val"].dtype == cast.meta["val"].dtype else None
 
     def parameters(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """(placeholder, update op) of every parameter that is trained."""

@@ -104,7 +104,7 @@ class _Scheduler:
         self.moves = waits + self.moves[::-1]
 
     def _is_start(self, node: fx.Node, gathers: bool) -> bool:
-        if node.target is tiers.fetch:
+        if node.target in (tiers.fetch, tiers.fetch_cast):
             return True
         return gathers and node.target in _GATHERS and bool(node.users) and all(_is_stored(used) for used in node.all_input_nodes)
 

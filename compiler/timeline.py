@@ -144,7 +144,7 @@ def _fake_values(program: LocalProgram, cluster: Cluster, device: str, ops: Meta
                 shape = port.spec.local_shape() if port is not None and port.spec is not None else ()
                 values[node] = torch.empty(shape, dtype=port.dtype, device=device) if port is not None else groups.coords
                 if port is not None and port.tier != POOL:
-                    values[node] = timeline_tiers.InTier.of(values[node], port.tier)
+                    values[node] = timeline_tiers.InTier.of(values[node], port.tier, port.cast)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
                 if node in into:
@@ -159,6 +159,8 @@ def _fake_call(target: Any, starts: Mapping[Any, Any], args: Any, kwargs: dict[s
         return _Started.of(starts[target](*args, **kwargs))
     if target in timeline_tiers.STARTS:
         return _Started(*timeline_tiers.STARTS[target](*args))
+    if target in timeline_tiers.DEFERRED:
+        return timeline_tiers.DEFERRED[target](*args)
     if target is collectives.wait:
         return collectives.wait(args[0].result)
     if target in timeline_tiers.WAITS:
@@ -312,7 +314,7 @@ class _Writer:
         if target in collectives.STARTS:
             kind = target.__name__.removesuffix("_bucket")
             return COLLECTIVES, self._collective_seconds(kind, node), kind
-        if target in timeline_tiers.STARTS or target is tiers.add_up:
+        if target in timeline_tiers.STARTS or target in timeline_tiers.DEFERRED or target is tiers.add_up:
             return timeline_tiers.price(target, self._arguments(node), self.cluster)
         if target in timeline_tiers.WAITS:
             return COMPUTE, 0.0, "wait"

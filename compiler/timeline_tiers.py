@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..cost_model.cluster import Cluster
+from ..cost_model.simulate import COMPUTE
 from ..cost_model.transfers import cpu_add_seconds, cpu_update_seconds, transfer_seconds
 from ..runtime import tiers
-from .price_places import CPU, DIRECTIONS, STREAMS
+from .overlap import CPU, STREAMS
+from .price_places import DIRECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class InTier:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    cast: torch.dtype | None = None  # stored in this type, too
 
     @property
     def num_bytes(self) -> int:
@@ -34,35 +37,51 @@ class InTier:
         return torch.Size(self.shape).numel()
 
     @classmethod
-    def of(cls, x: torch.Tensor, tier: str) -> InTier:
+    def of(cls, x: torch.Tensor, tier: str, cast: torch.dtype | None = None) -> InTier:
         """What offloading a tensor yields."""
-        return cls(tier, tuple(x.shape), x.dtype, x.device)
+        return cls(tier, tuple(x.shape), x.dtype, x.device, cast)
+
+    @property
+    def narrow(self) -> InTier:
+        """The same in the other type."""
+        assert self.cast is not None, f"{self} is stored in one type"
+        return replace(self, dtype=self.cast, cast=None)
 
 
 # What each start yields: (what its wait gives, tensors on the device that must live until then).
 STARTS: dict[Any, Callable[..., tuple[Any, list[torch.Tensor]]]] = {
     tiers.offload: lambda x, tier: (InTier.of(x, tier), [x]),
     tiers.write_back: lambda parked, x: (parked, [x]),
+    tiers.send_gradient: lambda parked, x: (parked.narrow, [x]),
     tiers.fetch: lambda parked: (torch.empty(parked.shape, dtype=parked.dtype, device=parked.device), []),
+    tiers.fetch_cast: lambda parked: (torch.empty(parked.shape, dtype=parked.cast, device=parked.device), []),
     tiers.host_update: lambda params, grads, states, *_: ([*params, *(s for slots in states for s in slots)], []),
 }
 WAITS = (tiers.settle, tiers.arrive, tiers.updated)
+# What is there at once: stored tensors, and who reads them waits for what is at work on them.
+DEFERRED: dict[Any, Callable[..., Any]] = {
+    tiers.defer_update: lambda params, grads, states, *_: [*params, *(s for slots in states for s in slots)],
+    tiers.start_deferred: lambda params, states, fqns: [*params, *(s for slots in states for s in slots)],
+}
 
 
 def copied_bytes(target: Any, args: tuple[Any, ...]) -> int:
     """Bytes on the device that a copy out holds until it is waited for; args: the values it is called with."""
-    held = args[0] if target is tiers.offload else args[1] if target is tiers.write_back else None
+    held = args[0] if target is tiers.offload else args[1] if target in (tiers.write_back, tiers.send_gradient) else None
     return held.numel() * held.element_size() if isinstance(held, torch.Tensor) else 0
 
 
 def price(target: Any, args: tuple[Any, ...], cluster: Cluster) -> tuple[str, float, str]:
     """(stream, seconds, class) of a start, or of what the CPU adds up; args: the values it is called with."""
+    if target is tiers.defer_update:
+        return COMPUTE, 0.0, "wait"
     if target is tiers.add_up:
         return CPU, cpu_add_seconds(args[0].num_bytes, cluster), "host_update"
-    if target is tiers.host_update:
+    if target in (tiers.host_update, tiers.start_deferred):
         return CPU, cpu_update_seconds(sum(p.shape_numel for p in args[0]), cluster), "host_update"
-    if target is tiers.fetch:
-        tier, way, num_bytes = args[0].tier, "in", args[0].num_bytes
+    if target in (tiers.fetch, tiers.fetch_cast):
+        source = args[0] if target is tiers.fetch else args[0].narrow
+        tier, way, num_bytes = source.tier, "in", source.num_bytes
     else:
         tier = args[1] if target is tiers.offload else args[0].tier
         way, num_bytes = "out", copied_bytes(target, args)

@@ -31,7 +31,7 @@ def _inputs(program: LocalProgram, coords: tuple[int, ...], store: TierStore) ->
     values: list[Any] = [coords]
     for port in ports:
         value = _empty(port)
-        values.append(value if port.tier == "device" else store.park(value, port.tier))
+        values.append(value if port.tier == "device" else store.park(value, port.tier, cast=port.cast))
     if parts:
         values.append([_empty(port) for port in program.inputs if port.kind not in STORED_KINDS] for _ in range(2))
     return values

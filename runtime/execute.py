@@ -51,7 +51,7 @@ def check_updates_last(graph: fx.Graph) -> None:
             copied.pop(used, None)
         if node.op != "call_function":
             continue
-        if node.target in (tiers.offload, tiers.write_back):
+        if node.target in (tiers.offload, tiers.write_back, tiers.send_gradient):
             copied[node] = node.all_input_nodes[-1]
         written = list(_overwritten(node))
         for parking, value in copied.items():
@@ -61,8 +61,10 @@ def check_updates_last(graph: fx.Graph) -> None:
 
 def _overwritten(node: fx.Node) -> Iterable[fx.Node]:
     """The values an instruction changes in place."""
-    if node.target in (update.fused_update, tiers.host_update):
+    if node.target in (update.fused_update, tiers.host_update, tiers.defer_update):
         return update.written(node)
+    if node.target is tiers.start_deferred:
+        return node.all_input_nodes
     return node.all_input_nodes[:1] if node.target is tiers.write_back else ()
 
 

@@ -166,12 +166,15 @@ def _parts(value: Any) -> Iterator[tuple[str, int, int]]:
         yield "device", storage_identity(storage), storage.nbytes()  # not its address: tensors without data have none
     elif isinstance(value, Parked):
         yield value.tier, id(value.place), value.num_bytes
+        if value.cast is not None:
+            yield from _parts(value.cast)
     elif isinstance(value, (Pending, Fetching)):
         yield from _each(value.held)
     elif isinstance(value, Parking):
         yield from _each((*value.held, value.parked))
     elif isinstance(value, Updating):
-        yield from _each((*value.results, *value.grads))
+        # What a gradient on its way holds on the device is its own.
+        yield from _each((*value.results, *(grad.parked if isinstance(grad, Parking) else grad for grad in value.grads)))
     elif isinstance(value, (list, tuple)):
         yield from _each(value)
 

@@ -72,9 +72,12 @@ class HostPlace(Place):
 
 
 class Parked:
-    """A tensor stored in a tier: its layout, the device it belongs to, and its place."""
+    """A tensor stored in a tier: its layout, the device it belongs to, and its place.
 
-    __slots__ = ("device", "dtype", "place", "shape", "stride", "tier")
+    cast: the same in a narrower type, where that is what the device fetches (see `tiers.fetch_cast`).
+    """
+
+    __slots__ = ("cast", "device", "dtype", "place", "shape", "stride", "tier")
 
     def __init__(self, like: torch.Tensor, tier: str, place: Any, device: torch.device) -> None:
         self.shape = like.shape
@@ -83,10 +86,11 @@ class Parked:
         self.device = device
         self.tier = tier
         self.place = place
+        self.cast: Parked | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor, and of its pool that it takes."""
+        """Bytes of the tensor, and of its pool that it takes; without `cast`."""
         return self.place.num_bytes
 
     def numel(self) -> int:

@@ -34,6 +34,7 @@ class Port:
     """An input or output of the program: what it is (kind, fqn, slot as in the plan) and how it is cut.
 
     tier: where a parameter or state is stored. Beside the device it is passed to the program, and given back by it, as a `tiers.Parked`.
+    cast: the narrower type in which the device reads a parameter, where it is stored in that, too.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Port:
     dtype: torch.dtype = torch.float32
     spec: ShardSpec | None = None  # None: a value without layout (a Python number)
     tier: str = "device"
+    cast: torch.dtype | None = None
 
     @property
     def key(self) -> Key:

@@ -97,7 +97,7 @@ class ProgramState:
         for key, port in program.stored.items():
             if port.tier != "device":
                 # Straight from where the model is: the device need not hold it.
-                state.tensors[key] = state.store.park(piece_of(port, full, coords, None, share=True), port.tier, target)
+                state.tensors[key] = state.store.park(piece_of(port, full, coords, None, share=True), port.tier, target, port.cast)
                 continue
             piece = state.tensors[key] = piece_of(port, full, coords, target, share)
             if key in full and piece.data_ptr() == full[key].data_ptr():
@@ -143,6 +143,9 @@ class ProgramState:
             tier = held.tier if isinstance(held, Parked) else "device"
             if tier != port.tier:
                 raise ValueError(f"{words(key)} is on the tier {tier!r} in the state; the program keeps it on {port.tier!r}")
+            cast = held.cast.dtype if isinstance(held, Parked) and held.cast is not None else None
+            if cast != port.cast:
+                raise ValueError(f"{words(key)} is stored as {cast} beside its own type in the state; the program reads it as {port.cast}")
 
     # -- plain tensors ------------------------------------------------------------------------------------------------
 
@@ -244,6 +247,7 @@ class ProgramState:
         Where a layout is a slice of a dim the DTensor shares this state's memory; others are copies, and so is what is parked: all of it
         comes to the device (`save` does not do that). On one device there is no process group and so no DTensor: plain tensors then.
         """
+        self.store.finish_updates()
         return self._by_name({key: self._dtensor(key, self._out(key, self.value(key), groups), groups) for key in self.program.stored})
 
     def _by_name(self, exposed: Mapping[Key, Any]) -> dict[str, Any]:
@@ -261,6 +265,7 @@ class ProgramState:
 
         A save that is interrupted leaves the checkpoint that was there before. Raises CheckpointError.
         """
+        self.store.finish_updates()
         entries = self._entries(groups, self.value)
         checkpoint.save(Path(path), entries, groups, dict(extra or {}), self._elsewhere())
 
@@ -270,6 +275,7 @@ class ProgramState:
         model_only: leave optimizer state and step counts as they are. Raises CheckpointError on all ranks where it is damaged or
         of another model or optimizer; nothing is changed then.
         """
+        self.store.finish_updates()
         for port in self.program.inputs:
             if port.kind == "param" and port.group >= 0:
                 # Counts are part of a checkpoint from the first update on; they are read into places that exist.

@@ -7,7 +7,15 @@
     write_back(parked, x) -> Parking     overwrite what is stored; settle gives the Parked of the same place
     add_up(total, parked) -> Parked      the sum over micro-batches so far with one more (`micro_batches.accumulate` on the tier "host")
     host_update(params, grads, states, ...) -> Updating     the optimizer on the CPU, in place on tensors of the tier "host"
-    updated(updating) -> [Parked]    parameters, then states, as `update.fused_update` returns them
+    updated(updating, settled) -> [Parked]   parameters, then states, as `update.fused_update` returns them; the gradients are settled then
+
+A parameter that the device reads in a narrower type only is stored twice on the host: as it is, and in that type (`Parked.cast`).
+
+    fetch_cast(parked) -> Fetching       the narrow one, for the device
+    send_gradient(parked, x) -> Parking  the gradient of that type into the memory of the narrow one, which is worthless from then on; an
+                                         update makes it anew
+    defer_update(params, grads, states, ...)     as host_update, but it runs in the next step, with the hyper-parameters of this one
+    start_deferred(params, states, fqns) -> [Parked]     it starts; whatever reads what is stored waits for it
 
 `settle`, `arrive` and `updated` run as they are; the others are names that an executor binds to the `TierStore` of its rank. A place in a
 tier is given back when the last reference to its `Parked` dies. Every copy keeps shape, strides and bits; a tensor with gaps between its
@@ -20,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating",
-    "add_up", "arrive", "fetch", "host_update", "offload", "settle", "updated", "write_back",
+    "add_up", "arrive", "defer_update", "fetch", "fetch_cast", "host_update", "offload", "send_gradient", "settle", "start_deferred",
+    "updated", "write_back",
 ]  # fmt: skip
 
 
@@ -85,6 +94,34 @@ def host_update(
     raise _unbound("host_update")
 
 
+def fetch_cast(parked: Parked) -> Any:
+    """Start copying the narrow form of a stored tensor into a new device tensor."""
+    raise _unbound("fetch_cast")
+
+
+def send_gradient(parked: Parked, x: torch.Tensor) -> Any:
+    """Start overwriting the narrow form of a parameter with its gradient `x`, of that type."""
+    raise _unbound("send_gradient")
+
+
+def defer_update(
+    params: list[Parked],
+    grads: list[Parked],
+    states: list[list[Parked]],
+    kind: str,
+    group: int,
+    fqns: list[str],
+    loss: torch.Tensor | None = None,
+) -> list[Parked]:
+    """Keep an update for the next step's `start_deferred` of the same fqns. Returns what is stored: parameters, then states."""
+    raise _unbound("defer_update")
+
+
+def start_deferred(params: list[Parked], states: list[list[Parked]], fqns: list[str]) -> list[Parked]:
+    """Start the update that the last step left, where there is one. Returns parameters, then states, which know that they are written."""
+    raise _unbound("start_deferred")
+
+
 def settle(parking: Parking) -> Parked:
     """The stored tensor, once it is complete; what was copied is let go. Raises TierError."""
     return parking.settle()
@@ -95,8 +132,8 @@ def arrive(fetching: Fetching) -> torch.Tensor:
     return fetching.arrive()
 
 
-def updated(updating: Updating) -> list[Parked]:
-    """The stored parameters and states, flat, once they are updated. Raises what the update raised."""
+def updated(updating: Updating, settled: Sequence[Parked] = ()) -> list[Parked]:
+    """The stored parameters and states, flat, once they are updated. settled: the gradients. Raises what the update raised."""
     return updating.updated()
 
 
@@ -148,6 +185,8 @@ class TierStore:
         self._fetched_bytes = 0
         self._io = Workers(self.options.num_io_threads, "tier copies")
         self._updates = Workers(min(self.options.num_io_threads, 1), "host update")
+        self._deferred: dict[tuple[str, ...], Callable[[], Updating]] = {}
+        self._resumed: dict[tuple[str, ...], Updating] = {}
         self._disk: DiskFile | None = None
         self._by_device: dict[torch.device, ThreadCopies | StreamCopies] = {}
 
@@ -158,7 +197,11 @@ class TierStore:
             fetch: self.fetch,
             write_back: self.write_back,
             add_up: self.add_up,
+            fetch_cast: self.fetch_cast,
+            send_gradient: self.send_gradient,
             host_update: functools.partial(self.host_update, updater),
+            defer_update: functools.partial(self.defer_update, updater),
+            start_deferred: self.start_deferred,
         }
 
     @property
@@ -204,6 +247,14 @@ class TierStore:
         place.read_by(copy)
         self._fetched_bytes += parked.num_bytes
         return Fetching(into, copy)
+
+    def fetch_cast(self, parked: Parked) -> Fetching:
+        """See the function of this name."""
+        return self.fetch(_cast_of(parked))
+
+    def send_gradient(self, parked: Parked, x: torch.Tensor) -> Parking:
+        """See the function of this name."""
+        return self.write_back(_cast_of(parked), x)
 
     def reserve(self, like: torch.Tensor, tier: str, device: torch.device) -> Parked:
         """A place for a tensor like this one; its content comes later. Raises TierError without room, ValueError on another tier."""
@@ -251,14 +302,16 @@ class TierStore:
         self,
         updater: Updater | None,
         params: list[Parked],
-        grads: list[Parking | Parked],
+        grads: Sequence[Parking | Parked],
         states: list[list[Parked]],
         kind: str,
         group: int,
         fqns: list[str],
         loss: torch.Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Updating:
-        """See the function of this name. Raises ValueError where something is not on the host."""
+        """See the function of this name. options: hyper-parameters, where not those of the time when it runs. Raises ValueError where
+        something is not on the host."""
         sources = [grad.parked if isinstance(grad, Parking) else grad for grad in grads]
         results = params + [state for slots in states for state in slots]
         for parked in (*results, *sources):
@@ -268,9 +321,10 @@ class TierStore:
             return Updating(results, None, grads)
         loss_ready = torch.cuda.current_stream(loss.device).record_event() if loss is not None and loss.is_cuda else None
 
+        arriving = [grad.copy if isinstance(grad, Parking) else grad.place.writing for grad in grads]
+
         def run() -> None:
-            for grad in grads:
-                copy = grad.copy if isinstance(grad, Parking) else grad.place.writing
+            for copy in arriving:
                 if copy is not None:
                     copy.wait()  # raises where the gradient has not arrived
             if loss_ready is not None:
@@ -279,30 +333,78 @@ class TierStore:
             with torch.no_grad():
                 new = updater.fused_update(
                     [p.place.tensor for p in params], [g.place.tensor for g in sources],
-                    [[s.place.tensor for s in slots] for slots in states], kind, group, fqns, loss,
+                    [[s.place.tensor for s in slots] for slots in states], kind, group, fqns, loss, options,
                 )  # fmt: skip
                 for parked, value in zip(results, new, strict=True):
                     if value.data_ptr() != parked.place.tensor.data_ptr():
                         parked.place.tensor.copy_(value)
+                    if parked.cast is not None:
+                        parked.cast.place.tensor.copy_(value)
 
-        work = self._updates.submit(run, [copy for parked in (*results, *sources) for copy in parked.place.copies])
-        for parked in results:
+        written = [*results, *(parked.cast for parked in results if parked.cast is not None)]
+        work = self._updates.submit(run, [copy for parked in (*written, *sources) for copy in parked.place.copies])
+        for parked in written:
             parked.place.written_by(work)
         return Updating(results, work, grads)
 
+    def defer_update(
+        self,
+        updater: Updater | None,
+        params: list[Parked],
+        grads: list[Parked],
+        states: list[list[Parked]],
+        kind: str,
+        group: int,
+        fqns: list[str],
+        loss: torch.Tensor | None = None,
+    ) -> list[Parked]:
+        """See the function of this name."""
+        if updater is not None:
+            key, options = tuple(fqns), updater.options_now(group)
+            if key in self._resumed:
+                self._resumed.pop(key).updated()  # long done: what was stored has been read since
+            self._deferred[key] = lambda: self.host_update(updater, params, grads, states, kind, group, fqns, loss, options)
+        return params + [state for slots in states for state in slots]
+
+    def start_deferred(self, params: list[Parked], states: list[list[Parked]], fqns: list[str]) -> list[Parked]:
+        """See the function of this name."""
+        key = tuple(fqns)
+        if key in self._deferred:
+            self._resumed[key] = self._deferred.pop(key)()
+        return params + [state for slots in states for state in slots]
+
+    def finish_updates(self) -> None:
+        """Do what was deferred: what is stored, and the count of updates, are then those of the last step. Raises what an update raised."""
+        for key in list(self._deferred):
+            self._resumed[key] = self._deferred.pop(key)()
+        while self._resumed:
+            self._resumed.popitem()[1].updated()
+
     # -- outside of a program, at once -----------------------------------------------------------------------------------
 
-    def park(self, x: torch.Tensor, tier: str, device: torch.device | None = None) -> Parked:
-        """`x` stored in a tier. device: where it is fetched to."""
-        return settle(self.offload(x.detach(), tier, device))
+    def park(self, x: torch.Tensor, tier: str, device: torch.device | None = None, cast: torch.dtype | None = None) -> Parked:
+        """`x` stored in a tier. device: where it is fetched to. cast: the narrower type in which it is stored too."""
+        parked = settle(self.offload(x.detach(), tier, device))
+        if cast is not None:
+            parked.cast = settle(self.offload(x.detach().to(cast), tier, device))
+        return parked
 
     def load(self, parked: Parked, device: torch.device | None = None) -> torch.Tensor:
         """A copy of what is stored."""
+        self.finish_updates()
         return arrive(self.fetch(parked, device))
 
     def overwrite(self, parked: Parked, x: torch.Tensor) -> None:
         """Replace what is stored."""
+        self.finish_updates()
         settle(self.write_back(parked, x.detach()))
+        if parked.cast is not None:
+            settle(self.write_back(parked.cast, x.detach().to(parked.cast.dtype)))
+
+
+def _cast_of(parked: Parked) -> Parked:
+    assert parked.cast is not None, f"{parked} is stored in one type"
+    return parked.cast
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,9 +106,10 @@ class Updater:
         group: int,
         fqns: list[str],
         loss: torch.Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> list[torch.Tensor]:
-        """See the function of this name."""
-        options = self._options(group)
+        """See the function of this name. options: hyper-parameters; those the group has now unless given."""
+        options = options or self._options(group)
         _check_slots(kind, group, options, states)
         if loss is not None and not bool(torch.isfinite(loss).all()):
             return params + [state for slots in states for state in slots]
@@ -122,6 +124,11 @@ class Updater:
                 options,
             )
         return params + [state for slots in states for state in slots]
+
+    def options_now(self, group: int) -> dict[str, Any]:
+        """The hyper-parameters of a group as they are, for an update that runs later."""
+        options = dict(self._options(group))
+        return options | {"lr": float(options["lr"])}
 
     def _options(self, group: int) -> Mapping[str, Any]:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
@@ -188,26 +195,57 @@ def _by_dtype(params: Sequence[torch.Tensor]) -> list[list[int]]:
 
 Tensors = list[torch.Tensor]
 
+WIDENED_ELEMENTS = 1 << 24
+"""Gradients of a narrower type than their parameter are widened so many at a time: 64 MiB of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Operands of one call of a kernel."""
+
+    params: Tensors
+    grads: Tensors
+    states: list[Tensors]
+    counts: Tensors
+
+
+def _calls(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors) -> Iterator[_Call]:
+    """One call for all, or where gradients are of a narrower type than their parameters one per piece, widened for it."""
+    if all(grad.dtype == param.dtype for param, grad in zip(params, grads, strict=True)):
+        yield _Call(params, grads, states, counts)
+        return
+    for param, grad, slots, count in zip(params, grads, states, counts, strict=True):
+        whole, narrow, *flat = (_flat(tensor) for tensor in (param, grad, *slots))
+        for start in range(0, param.numel(), WIDENED_ELEMENTS):
+            piece = slice(start, start + WIDENED_ELEMENTS)
+            yield _Call([whole[piece]], [narrow[piece].to(param.dtype)], [[slot[piece] for slot in flat]], [count])
+
+
+def _flat(dense: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in the order of its memory."""
+    return dense.as_strided((dense.numel(),), (1,))
+
 
 def _adam(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors, options: Mapping[str, Any], decoupled: bool) -> None:
     torch_compat.foreach_add_(counts, 1)
     kernel = torch_compat.fused_adamw if decoupled or options.get("decoupled_weight_decay") else torch_compat.fused_adam
     beta1, beta2 = options["betas"]
-    kernel(
-        params,
-        grads,
-        [slots[0] for slots in states],
-        [slots[1] for slots in states],
-        [slots[2] for slots in states] if options["amsgrad"] else [],
-        counts,
-        amsgrad=options["amsgrad"],
-        lr=float(options["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
-        maximize=options["maximize"],
-    )
+    for part in _calls(params, grads, states, counts):
+        kernel(
+            part.params,
+            part.grads,
+            [slots[0] for slots in part.states],
+            [slots[1] for slots in part.states],
+            [slots[2] for slots in part.states] if options["amsgrad"] else [],
+            part.counts,
+            amsgrad=options["amsgrad"],
+            lr=float(options["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=options["maximize"],
+        )
 
 
 def _sgd(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors, options: Mapping[str, Any]) -> None:
@@ -220,20 +258,20 @@ def _sgd(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors
     later = [i for i, count in enumerate(counts) if count]
     torch_compat.foreach_add_(counts, 1)
     for chosen, is_first in ((first, True), (later, False)):
-        if not chosen:
-            continue
-        torch_compat.fused_sgd(
-            [params[i] for i in chosen],
-            [grads[i] for i in chosen],
-            [states[i][0] for i in chosen] if options["momentum"] != 0 else [],
-            weight_decay=options["weight_decay"],
-            momentum=options["momentum"],
-            lr=float(options["lr"]),
-            dampening=options["dampening"],
-            nesterov=options["nesterov"],
-            maximize=options["maximize"],
-            is_first_step=is_first and options["momentum"] != 0,
-        )
+        mine = ([params[i] for i in chosen], [grads[i] for i in chosen], [states[i] for i in chosen], [counts[i] for i in chosen])
+        for part in _calls(*mine) if chosen else ():
+            torch_compat.fused_sgd(
+                part.params,
+                part.grads,
+                [slots[0] for slots in part.states] if options["momentum"] != 0 else [],
+                weight_decay=options["weight_decay"],
+                momentum=options["momentum"],
+                lr=float(options["lr"]),
+                dampening=options["dampening"],
+                nesterov=options["nesterov"],
+                maximize=options["maximize"],
+                is_first_step=is_first and options["momentum"] != 0,
+            )
 
 
 def _sgd_loop(params: Tensors, grads: Tensors, states: list[Tensors], counts: Tensors, options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from opweave.compiler.lower import lower
 from opweave.compiler.micro_batches import check_batch, micro_batch
 from opweave.compiler.plan import Plan, PlanError
 from opweave.compiler.planner import plan_step
-from opweave.compiler.record import updatable
+from opweave.compiler.record import possible
 from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses
 from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
@@ -341,7 +341,7 @@ def test_random_places(name, mesh):
         mixed.residency = {unit: place for unit, place in places.items() if place != KEEP}
         for param, _ in uses.parameters():
             place = rng.choice(STATE_PLACES)
-            mixed.state[param] = place if updatable(mixed, param, place) else replace(place, update="device")
+            mixed.state[param] = possible(mixed, uses, param, place)
         found, values = in_lockstep(model, batch, analysis, mixed)
         assert found == losses and [key for key in expected if not torch.equal(values[key], expected[key])] == []
 

@@ -22,10 +22,11 @@ from opweave.compiler.capture import capture
 from opweave.compiler.lower import Assignment, lower
 from opweave.compiler.plan import Plan
 from opweave.compiler.planner import plan_step
-from opweave.compiler.record import updatable
+from opweave.compiler.record import possible
 from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
 from opweave.compiler.training_step import step_inputs
 from opweave.cost_model.cluster import Cluster, Link
+from opweave.runtime import tiers
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.memory import MemoryReport
 from opweave.runtime.program import LocalProgram
@@ -106,11 +107,13 @@ class Result:
 
 
 @functools.cache
-def case(name: str, mesh: tuple[int, ...], clip: float | None = None, optimizer: str = "adamw") -> Case:
+def case(
+    name: str, mesh: tuple[int, ...], clip: float | None = None, optimizer: str = "adamw", autocast: torch.dtype | None = None
+) -> Case:  # fmt: skip
     torch.manual_seed(0)
     model, batch = DROPOUT[name]() if name in DROPOUT else zoo.load(name)
     made = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
-    analysis = analyse(capture(model, batch, optimizer=made, clip_grad_norm=clip))
+    analysis = analyse(capture(model, batch, optimizer=made, clip_grad_norm=clip, autocast=autocast))
     plan = _plan(analysis, mesh)
     expected = run(model, batch, made, analysis, plan.assignment(analysis.step, analysis.factors))
     return Case(model, batch, made, analysis, plan, Uses(analysis.step), expected)
@@ -159,7 +162,7 @@ def mixed(c: Case, seed: int) -> Assignment:
     out.residency = {unit: place for unit, place in choices.items() if place != KEEP}
     for param, _ in c.uses.parameters():
         place = rng.choice(STATE_PLACES)
-        out.state[param] = place if updatable(out, param, place) else replace(place, update="device")
+        out.state[param] = possible(out, c.uses, param, place)
     out.early_updates = rng.random() < 0.7
     return out
 
@@ -182,7 +185,7 @@ def assert_forced(c: Case, place: str) -> None:
 def assert_state(c: Case, place: StatePlace) -> None:
     for early in (False, True):
         out = c.assignment()
-        out.state = {param: place if updatable(out, param, place) else replace(place, update="device") for param, _ in c.uses.parameters()}
+        out.state = {param: possible(out, c.uses, param, place) for param, _ in c.uses.parameters()}
         out.early_updates = early
         result = assert_same(c, out)
         assert result.copied[0] > 0 and result.memory.stored_bytes < c.expected.memory.stored_bytes
@@ -238,6 +241,55 @@ def test_momentum():
     assert_state(c, StatePlace(DISK, DISK, "device"))
     for seed in range(4):
         assert_same(c, mixed(c, seed))
+
+
+# -- parameters fetched in the type they are read in ------------------------------------------------------------------------
+
+
+NARROW = StatePlace(HOST, HOST, HOST, cast=True)
+DEFERRED = replace(NARROW, deferred=True)
+
+
+def of_all(c: Case, place: StatePlace) -> Assignment:
+    """One place for all parameters, or the next to it that they can have."""
+    out = c.assignment()
+    out.state = {param: possible(out, c.uses, param, place) for param, _ in c.uses.parameters()}
+    return out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_narrow_parameters_move_half_the_bytes(optimizer):
+    """The wide ones are what is read in float32 too (embeddings, norms): the same on both sides."""
+    c = case("opt-tiny", (1,), None, optimizer, torch.bfloat16)
+    wide = assert_same(c, of_all(c, StatePlace(HOST, HOST, HOST)))
+    narrow = assert_same(c, of_all(c, NARROW))
+    num_bytes = STEPS * sum(param.meta["val"].numel() * 4 for param in c.uses.casts)
+    assert wide.copied[0] - narrow.copied[0] == num_bytes / 2, "gradients go as the backward pass makes them"
+    assert wide.copied[1] - narrow.copied[1] == num_bytes / 2, "kept from the forward to the backward pass: one fetch"
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("mesh", [(1,), (2,)])
+def test_updates_beside_the_next_step(mesh, clip):
+    """Deferred where the gradient is sent as it is; clipped or summed ones are not that."""
+    c = case("opt-tiny", mesh, clip, "adamw", torch.bfloat16)
+    for early in (False, True):
+        out = of_all(c, DEFERRED)
+        out.early_updates = early
+        result = assert_same(c, out)
+        if mesh == (1,):
+            started = [node for node in result.program.graph.nodes if node.target is tiers.start_deferred]
+            assert len(started) == (0 if clip else len(c.uses.casts))
+
+
+def test_random_places_of_narrow_parameters():
+    c = case("opt-tiny", (1,), None, "adamw", torch.bfloat16)
+    for seed in range(3):
+        out = mixed(c, seed)
+        rng = random.Random(seed)
+        for param in c.uses.casts:
+            out.state[param] = possible(out, c.uses, param, rng.choice([NARROW, DEFERRED, *STATE_PLACES]))
+        assert_same(c, out)
 
 
 # -- all of them ----------------------------------------------------------------------------------------------------------
