@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -15,20 +16,24 @@ from typing import Any
 
 import opweave as ow
 import pytest
+import test_parity as parity
 import torch
 import torch.nn.functional as F
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture, default_loss
+from opweave.compiler.capture_tree import map_tensors
+from opweave.compiler.choices import build_choices
 from opweave.compiler.lower import lower
 from opweave.compiler.micro_batches import check_batch, micro_batch
-from opweave.compiler.plan import Plan, PlanError
+from opweave.compiler.plan import Plan, PlanError, to_assignment
 from opweave.compiler.planner import plan_step
 from opweave.compiler.record import possible
 from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses
 from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import NonFiniteLossError, step_inputs
+from opweave.compiler.verify import computing_in
 from opweave.cost_model.cluster import Cluster, Link
 from opweave.runtime import collectives, micro_batches, tiers
 from opweave.runtime.dry_run import dry_run
@@ -275,6 +280,30 @@ def test_every_recipe(name, force):
     assert ow.verify(model, batch, ranks=(2, 2) if force is None else (2,), force=force, accumulate=2).holds
 
 
+def in_double(name: str) -> tuple[nn.Module, Any, torch.optim.Optimizer, Any]:
+    """(model, batch, optimizer, analysis) of two micro-batches, clipped."""
+    model, batch = load(name)
+    model, batch = model.double(), map_tensors(batch, lambda _, t: t.double() if t.is_floating_point() else t)
+    optimizer = adamw(model, eps=1e-3)
+    with computing_in(torch.float64):
+        return model, batch, optimizer, analyse(capture(model, batch, optimizer=optimizer, clip_grad_norm=0.1, accumulate=2))
+
+
+@pytest.mark.parametrize("name", ["mlp-tiny", "tied"])
+def test_random_plans(name):
+    """A random layout for everything: gradients exchanged before they are summed, behind it, or a bit of both."""
+    model, batch, optimizer, analysis = in_double(name)
+    found = []
+    for mesh, seed in [((1,), 0), *itertools.product([(2,), (2, 2)], range(2))]:
+        graph = build_choices(analysis.step, analysis.factors, mesh)
+        assignment = to_assignment(graph, parity.random_selection(graph, random.Random(seed)))
+        found.append(in_lockstep(model, batch, analysis, assignment, optimizer))
+    (losses, expected), *others = found
+    for other, values in others:
+        assert other == pytest.approx(losses, rel=1e-10)
+        assert max(parity.difference(values[key], expected[key]) for key in expected) < 1e-10
+
+
 def slow_links(size: int) -> Cluster:
     cpu = Cluster.preset("cpu", devices=size)
     link = Link(latency_s=1e-3, bandwidth_bytes_per_s=1e8)
@@ -315,9 +344,11 @@ def test_one_batch_has_no_loop():
 STATE_PLACES = (ON_DEVICE, StatePlace("device", HOST, "device"), StatePlace(DISK, DISK, "device"), StatePlace(HOST, HOST, HOST))
 
 
-def in_lockstep(model: nn.Module, batch: Any, analysis: Any, assignment: Any) -> tuple[list[float], dict[Any, torch.Tensor]]:
+def in_lockstep(
+    model: nn.Module, batch: Any, analysis: Any, assignment: Any, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[list[float], dict[Any, torch.Tensor]]:
     program = lower(analysis.step, analysis.factors, assignment, optimizer="AdamW")
-    executor = LockstepExecutor(program, adamw(model), account=True)
+    executor = LockstepExecutor(program, optimizer or adamw(model), account=True)
     executor.states = [
         ProgramState.from_model(program, model, unravel(rank, assignment.mesh), store=store) for rank, store in enumerate(executor.stores)
     ]
