@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+
 from opweave.cost_model import measure
 from opweave.cost_model.calibrate import op_sample
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import opweave as ow
 import pytest
+from opweave.bench import experts, peers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "4", "--batch", "4", "--block", "16", "--width", "32", "--layers", "1", "--heads", "2"]
@@ -77,17 +78,16 @@ def peer(seconds, peak_bytes=100, losses=(2.0, 1.0), reason=""):
     return {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": peak_bytes, "losses": list(losses), "reason": reason}
 
 
-def result(**peers):
-    return {"model": "opt", "ranks": 2, "reference": [2.0, 1.0], "peers": peers}
+def result(**found):
+    return {"model": "opt", "ranks": 2, "reference": [2.0, 1.0], "peers": found}
 
 
 def test_ratio_is_the_median_of_the_rounds():
     # A round in which the machine was busy slows both alike, one in which only a peer was hit does not count.
-    assert load("bench/peers.py").median_ratio([1.0, 10.0, 1.0], [2.0, 20.0, 0.1]) == 0.5
+    assert peers.median_ratio([1.0, 10.0, 1.0], [2.0, 20.0, 0.1]) == 0.5
 
 
 def test_rows_compare_with_every_peer_and_name_failures():
-    peers = load("bench/peers.py")
     other = peer([0.5, 0.5], 50, losses=(2.1, 1.0))
     found = result(opweave=peer([1.0, 1.0]), ddp=peer([2.0, 2.0], 80), other=other, tp=peer([], None, (), "no style"))
     rows = {row["peer"]: row for row in peers.rows_of(found)}
@@ -102,7 +102,7 @@ def test_rows_compare_with_every_peer_and_name_failures():
 
 def test_rows_say_that_opweave_failed():
     with pytest.raises(ValueError, match="opweave did not run opt on 2 ranks: DoesNotFitError"):
-        load("bench/peers.py").rows_of(result(opweave=peer([], reason="DoesNotFitError: too large"), ddp=peer([1.0])))
+        peers.rows_of(result(opweave=peer([], reason="DoesNotFitError: too large"), ddp=peer([1.0])))
 
 
 def test_peak_counts_what_was_there_before_the_steps():
@@ -110,12 +110,12 @@ def test_peak_counts_what_was_there_before_the_steps():
         return {"name": "[memory]", "ts": ts, "args": {"Bytes": num_bytes}}
 
     events = [memory(5, 30), memory(1, 100), memory(2, 50), memory(3, -50), {"name": "step 1", "ph": "X", "ts": 4}, memory(6, -30)]
-    assert load("bench/peers.py").peak_of_events(events) == 130
+    assert peers.peak_of_events(events) == 130
 
 
 def test_peers_refuses_unknown_models(capsys):
     with pytest.raises(SystemExit):
-        load("bench/peers.py").parse_args(["--models", "opt,vgg"])
+        peers.parse_args(["--models", "opt,vgg"])
     assert "unknown model 'vgg'; there are opt, resnet, mlp" in capsys.readouterr().err
 
 
@@ -123,7 +123,6 @@ def test_peers_refuses_unknown_models(capsys):
 
 
 def expert_row(model="gpt2-xl", cluster="dgx-h100", ours=0.09, **recipes):
-    experts = load("bench/experts.py")
     best = min(recipes, key=recipes.get, default=None)
     ratio = ours / recipes[best] if best else None
     return {
@@ -133,7 +132,6 @@ def expert_row(model="gpt2-xl", cluster="dgx-h100", ours=0.09, **recipes):
 
 
 def test_experts_names_the_best_recipe_and_counts_rows():
-    experts = load("bench/experts.py")
     rows = [expert_row(zero2=0.1, zero3=0.12), expert_row(ours=0.2, zero2=0.1), expert_row()]
     assert [row["holds"] for row in rows] == [True, False, True]
     assert "| 90 | zero2 | 100 | 0.9000 | zero3 0.750 |" in experts.markdown(rows)
@@ -142,7 +140,6 @@ def test_experts_names_the_best_recipe_and_counts_rows():
 
 
 def test_experts_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    experts = load("bench/experts.py")
     priced = []
 
     def compare(analysis, model, cluster):
