@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,8 @@ class VerificationError(AssertionError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """max_relative_difference: of the losses and of the parameters (largest difference over largest magnitude, per tensor).
+    """max_relative_difference: of the losses and of the parameters (largest difference over largest magnitude, per tensor; under autocast
+    of all of them together, over the distance they were trained).
 
     collectives: kind → number in one step. replicated_ops: ops without a rule, with reason and count. plan: the plan that ran.
     """
@@ -79,8 +80,9 @@ def verify(
     """Train `steps` steps twice, by the plan on the mesh `ranks` in lockstep and as the plain model, in `dtype`, and compare.
 
     dtype: of the model's copy; by default float64, under autocast float32 (autocast does nothing to float64). autocast: of the forward
-    pass, by default the plan's; Adam's eps is then 1e-3 at least. The model and optimizer given are not changed (default: AdamW with
-    eps=1e-3). A model with dropout in its forward pass is compared with its own one-device program (random numbers are opweave's).
+    pass, by default the plan's; Adam's eps is then 1e-3 at least, and allowed is twice what it makes of the plain model. The model and
+    optimizer given are not changed (default: AdamW with eps=1e-3). A model with dropout in its forward pass is compared with its own
+    one-device program (random numbers are opweave's).
     accumulate: the number of micro-batches of a step (default: the plan's, else 1); the plain model then runs the usual loop of backward
     passes before each update. Raises VerificationError where a difference exceeds `tolerance`.
     """
@@ -112,21 +114,28 @@ def verify(
         plan = plan_step(analysis, cluster, mesh=mesh, force=force, memory_limit=memory_limit)
     else:
         plan.check(analysis.step)
+    untrained = None if autocast is None else copy.deepcopy(model)
+    initial = None if untrained is None else {name: p.detach().clone() for name, p in untrained.named_parameters()}
+    allowed = TOLERANCE[autocast or dtype]
     losses, params, counts = _lockstep(analysis, plan, model, reference_optimizer, batch, steps)
     if any(i.kind == "seed" for i in analysis.step.inputs):
         single = plan_step(analysis, _pretend_cluster(1), mesh=(1,))
         expected_losses, expected, _ = _lockstep(analysis, single, model, reference_optimizer, batch, steps)
     else:
-        with computing_in(dtype, autocast):
+        with computing_in(dtype):
             parts = [micro_batch(batch, num_micro_batches, i) for i in range(num_micro_batches)]
-            expected_losses, expected = _plain(model, reference_optimizer, parts, steps, loss_fn or default_loss, clip_grad_norm)
+            loss_of = _under(autocast, loss_fn or default_loss)
+            expected_losses, expected = _plain(model, reference_optimizer, parts, steps, loss_of, clip_grad_norm)
+        if untrained is not None and initial is not None:
+            _, exact = _plain(untrained, optimizer_of(untrained), parts, steps, loss_fn or default_loss, clip_grad_norm)
+            allowed = max(allowed, 2 * _difference(exact, expected, initial))
     report = VerifyReport(
         max_relative_difference={
             "loss": max(_relative(_scalar(a), _scalar(b)) for a, b in zip(losses, expected_losses, strict=True)),
-            "parameters": max(_relative(params[name], value) for name, value in expected.items()),
+            "parameters": _difference(params, expected, initial),
         },
         collectives=counts, replicated_ops=plan.replicated_ops, losses=losses,
-        tolerance=TOLERANCE[autocast or dtype] if tolerance is None else tolerance, plan=plan,
+        tolerance=allowed if tolerance is None else tolerance, plan=plan,
     )  # fmt: skip
     if not report.holds:
         worst = max(expected, key=lambda name: _relative(params[name], expected[name]))
@@ -153,6 +162,18 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     if not b.numel():
         return 0.0
     return float((a.detach() - b.detach()).abs().max()) / max(float(b.detach().abs().max()), _SMALL)
+
+
+def _difference(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor] | None
+) -> float:
+    """Of the worst parameter; given initial values, of all together, over the distance they were trained: a bias that has hardly moved
+    is, in half precision, anywhere near."""
+    if initial is None:
+        return max(_relative(found[name], value) for name, value in expected.items())
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in initial)
+    trained = sum(float((expected[name] - value).square().sum()) for name, value in initial.items())
+    return math.sqrt(apart / trained) if trained else math.inf if apart else 0.0
 
 
 def _optimizer_maker(
@@ -191,12 +212,23 @@ class _Promote(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _under(autocast: torch.dtype | None, loss_fn: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """A loss function under autocast, entered anew for every call: inside, torch keeps the weights it has cast once."""
+    if autocast is None:
+        return loss_fn
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast("cpu", dtype=autocast):
+            return loss_fn(model, batch)
+
+    return loss
+
+
 @contextlib.contextmanager
-def computing_in(dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """For float64: casts to float32 go to float64, and so do new tensors. Other dtypes: nothing, or autocast."""
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """For float64: casts to float32 go to float64, and so do new tensors. Other dtypes: nothing."""
     if dtype != torch.float64:
-        with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
-            yield
+        yield
         return
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -167,3 +167,21 @@ def test_micro_batches(tmp_path):
     assert code == 0 and report["accumulate"] == 2 and report["measured"]["peak_bytes"] == report["predicted"]["peak_bytes"]
     code, _, err = run("plan", "mlp-tiny", "-c", "cpu:1", "--accumulate", 3)
     assert code == 2 and "accumulate=3 does not cut the batch of 8 samples into equal parts" in err
+
+
+def test_a_plan_with_autocast_is_verified_simulated_compared_and_run(tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("plan", "mlp-tiny", "-c", "cpu:1", "--autocast", "bf16", "--places", "checkpoint", "-o", path)[0] == 0
+    shown = json.loads(run("show", path, "--json")[1])
+    assert shown["autocast"] == "bfloat16" and shown["places"] == "checkpoint"
+    verified = json.loads(run("verify", path, "--json")[1])
+    assert verified["max_relative_difference"]["loss"] <= 2**-8
+    code, _, err = run("verify", path, "--dtype", "float64")
+    assert code == 2 and "a step is compared in float32" in err
+    predicted = shown["predicted"]
+    assert json.loads(run("simulate", path, "--json")[1])["step_time_s"] == pytest.approx(predicted["step_time_s"])
+    assert json.loads(run("compare", path, "--steps", "1", "--json")[1])["peak_error"] == 0
+    ran = json.loads(run("run", path, "--steps", "2", "--json")[1])
+    assert ran["measured"]["peak_bytes"] == predicted["peak_bytes"] and len(ran["losses"]) == 2
+    code, _, err = run("run", path, "--force", "ddp", "--accumulate", "2")
+    assert code == 2 and "--force, --accumulate cannot be given beside a plan file" in err
