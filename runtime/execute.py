@@ -143,6 +143,7 @@ class Executor:
             results = self._run_tracked(values) if self.memory is None else self._step(values)  # type: ignore[misc]
         except Exception as error:
             self._text.explain(error)
+            self.state.restore_casts()
             raise
         self.traffic = self.traffic.then(before, self.store.copied)
         return store_outputs(self.program, self.state, results)

@@ -128,6 +128,12 @@ class ProgramState:
         else:
             held.copy_(value)
 
+    def restore_casts(self) -> None:
+        """Make the narrow forms of parameters anew: behind a step that failed they may hold gradients."""
+        for held in self.tensors.values():
+            if isinstance(held, Parked) and held.cast is not None:
+                self.store.overwrite(held, self.store.load(held, torch.device("cpu")))
+
     def check(self, program: LocalProgram) -> None:
         """Raise ValueError where this state does not hold what a program stores."""
         for key, port in program.stored.items():
