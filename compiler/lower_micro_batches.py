@@ -20,7 +20,7 @@ from torch import fx
 from .. import torch_compat
 from ..runtime import collectives, micro_batches, tiers
 from ..runtime.program import STORED_KINDS
-from .micro_batches import gradient_sums, update_of_sum
+from .micro_batches import gradient_sums, sent_to_sum, update_of_sum
 from .residency import HOST, ON_DEVICE
 from .rule import tensor_args
 
@@ -97,7 +97,7 @@ class MicroBatchLowering:
             self._low.emit(node)
             return
         self._add_sent()
-        local = self._low.get(self._sums[node], "bwd", self._low.plan.ops[node].operands[0])
+        local = self._low.get(self._as_sent(node), "bwd", self._low.plan.ops[node].operands[0])
         self._sent = (node, self._low.e.op(tiers.offload, local, HOST))
 
     def _add_sent(self) -> None:
@@ -106,7 +106,16 @@ class MicroBatchLowering:
         node, sent = self._sent
         self._sent = None
         e = self._low.e
-        self._low.made(node, e.op(tiers.add_up, e.op(tiers.settle, sent)))
+        self._low.made(node, e.op(tiers.add_up, e.op(tiers.settle, sent), node.meta["val"].dtype))
+
+    def _as_sent(self, node: fx.Node) -> fx.Node:
+        """What is sent to a sum on the host; the narrow form of a gradient where it is cut like the wide one all the way."""
+        value, narrow, plan = self._sums[node], sent_to_sum(node), self._low.plan
+        if narrow is value:
+            return value
+        layout = plan.ops[node].operands[0]
+        same = plan.ops[value].operands[0] == plan.ops[value].results[0] == plan.kept.get(value, layout) == layout
+        return narrow if same else value
 
     def _is_on_host(self, total: fx.Node) -> bool:
         """Whether the CPU updates the parameter, with gradients in the layout of the sum."""

@@ -17,7 +17,7 @@ from torch import fx
 
 from .capture_tree import batch_tensors, map_tensors
 from .rule import tensor_args
-from .rule_table import ACCUMULATE, UPDATE, op_name
+from .rule_table import ACCUMULATE, CAST, UPDATE, op_name
 from .step_graph import StepGraph
 
 if TYPE_CHECKING:
@@ -89,6 +89,16 @@ def update_of_sum(total: fx.Node) -> fx.Node | None:
     """The update that alone reads a sum of gradients; None where something else does too, or first (clipping)."""
     readers = list(total.users)
     return readers[0] if len(readers) == 1 and op_name(readers[0]) == UPDATE else None
+
+
+def sent_to_sum(total: fx.Node) -> fx.Node:
+    """What goes to a sum on the host: what is added, or that before it is cast to the sum's wider type. The sum is the same."""
+    value = tensor_args(total)[0]
+    if value.op != "call_function" or op_name(value) != CAST or len(value.users) != 1:
+        return value
+    narrow = tensor_args(value)[0]
+    source, target = narrow.meta["val"].dtype, value.meta["val"].dtype
+    return narrow if source.is_floating_point and source.itemsize < target.itemsize else value
 
 
 def num_runs(step: StepGraph, phase: str) -> int:

@@ -33,7 +33,7 @@ from ..cost_model.transfers import cpu_add_seconds, cpu_update_seconds, transfer
 from .choices import Choice
 from .layout import num_pieces
 from .lower_updates import due_after
-from .micro_batches import is_sum, update_of_sum
+from .micro_batches import is_sum, sent_to_sum, update_of_sum
 from .overlap import BWD, CPU, FWD, STREAMS
 from .place_recipes import AUTO, DROP, place_restriction
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace, Uses, results
@@ -346,9 +346,10 @@ class PlacePricer:
             on_cpu = np.array([pl.update == tier for _, pl in options])
             fetched = self._copy_s(tier, "in", p_bytes * narrow * p_off)
             gradient = self._copy_s(tier, "out", p_bytes * np.where(deferrable, narrow, 1.0) * on_cpu)
+            part = self._copy_s(tier, "out", p_bytes * self._sent_share(op) * on_cpu)
             during.add(STREAMS[tier, "in"], FWD, self._num_runs * fetched)
             during.add(STREAMS[tier, "in"], BWD, self._num_runs * fetched * (narrow == 1))
-            during.add(STREAMS[tier, "out"], BWD, self._num_runs * gradient * summed_on_host)
+            during.add(STREAMS[tier, "out"], BWD, self._num_runs * part * summed_on_host)
             behind.add(STREAMS[tier, "in"], BWD, (op not in self.due) * fetched * ~on_cpu + self._copy_s(tier, "in", s_bytes * s_off))
             behind.add(STREAMS[tier, "out"], BWD, self._copy_s(tier, "out", s_bytes * s_off) + gradient * ~summed_on_host)
             behind.add(STREAMS[tier, "out"], BWD, self._copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
@@ -365,6 +366,13 @@ class PlacePricer:
         cast = self.uses.casts.get(param)
         share = 1.0 if cast is None else cast.meta["val"].element_size() / param.meta["val"].element_size()
         return np.array([share if place.cast else 1.0 for place in places])
+
+    def _sent_share(self, op: fx.Node) -> float:
+        """The share of a gradient's bytes that each micro-batch sends to a sum on the host (see `_narrow_gradient`)."""
+        total = tensor_args(op)[1]
+        if not is_sum(total) or math.prod(self._graph.mesh) > 1:
+            return 1.0
+        return sent_to_sum(total).meta["val"].element_size() / total.meta["val"].element_size()
 
     def _narrow_gradient(self, op: fx.Node) -> bool:
         """Whether a gradient can be sent to the CPU as the backward pass makes it. On several devices what is summed is the wide one."""

@@ -23,14 +23,13 @@ from torch import fx
 
 from .factors import is_getitem, result_values
 from .rule import tensor_args
-from .rule_table import UPDATE, op_name
+from .rule_table import CAST, UPDATE, op_name
 from .step_graph import StepGraph
 from .views import aliased_operand
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 KEEP, RECOMPUTE = "keep", "recompute"
 SMALL_BYTES = 1 << 12
-CAST = "_to_copy.default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ def wrap(dim: int, rank: int) -> int:
 
 UPDATE = "opweave::update.default"
 """The op that updates one parameter and its optimizer state."""
+CAST = "_to_copy.default"
 ACCUMULATE = "opweave::accumulate.default"
 """The op that sums its operand over the micro-batches of a step."""
 
@@ -86,7 +87,7 @@ def _linear_pointwise(node: fx.Node) -> tuple[tuple[int, ...], ...]:
     num = len(tensor_args(node))
     if name in ("add.Tensor", "sub.Tensor"):
         return ((0, 1),) if num == 2 else ()
-    if name == "_to_copy.default":
+    if name == CAST:
         source, target = tensor_args(node)[0].meta["val"].dtype, node.meta["val"].dtype
         widens = source.is_floating_point and target.is_floating_point and source.itemsize <= target.itemsize
         return ((0,),) if widens else ()

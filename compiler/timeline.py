@@ -11,7 +11,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def _fake_call(target: Any, starts: Mapping[Any, Any], args: Any, kwargs: dict[s
     if target is micro_batches.end:
         return None
     if target is tiers.add_up:
-        return args[0]
+        return replace(args[0], dtype=args[1])
     if target is update.fused_update:
         return update.update_on_paper(*args)
     return (ops.of(target) if ops is not None else target)(*args, **kwargs)

@@ -76,7 +76,7 @@ def price(target: Any, args: tuple[Any, ...], cluster: Cluster) -> tuple[str, fl
     if target is tiers.defer_update:
         return COMPUTE, 0.0, "wait"
     if target is tiers.add_up:
-        return CPU, cpu_add_seconds(args[0].num_bytes, cluster), "host_update"
+        return CPU, cpu_add_seconds(args[0].shape_numel * args[1].itemsize, cluster), "host_update"
     if target in (tiers.host_update, tiers.start_deferred):
         return CPU, cpu_update_seconds(sum(p.shape_numel for p in args[0]), cluster), "host_update"
     if target in (tiers.fetch, tiers.fetch_cast):

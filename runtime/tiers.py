@@ -5,7 +5,7 @@
     fetch(parked) -> Fetching        a copy into a new device tensor has started; any number of times
     arrive(fetching) -> tensor       that tensor, complete
     write_back(parked, x) -> Parking     overwrite what is stored; settle gives the Parked of the same place
-    add_up(total, parked) -> Parked      the sum over micro-batches so far with one more (`micro_batches.accumulate` on the tier "host")
+    add_up(total, parked, dtype) -> Parked   the sum over micro-batches so far with one more (`micro_batches.accumulate` on the tier "host")
     host_update(params, grads, states, ...) -> Updating     the optimizer on the CPU, in place on tensors of the tier "host"
     updated(updating, settled) -> [Parked]   parameters, then states, as `update.fused_update` returns them; the gradients are settled then
 
@@ -75,9 +75,9 @@ def write_back(parked: Parked, x: torch.Tensor) -> Any:
     raise _unbound("write_back")
 
 
-def add_up(total: Parked | None, parked: Parked) -> Parked:
-    """Start adding to the sum of the micro-batches so far, in place. total: None at the first one, whose memory becomes the sum's; in a
-    graph it is not written, the text of the program puts it in."""
+def add_up(total: Parked | None, parked: Parked, dtype: torch.dtype) -> Parked:
+    """Start adding to the sum of the micro-batches so far, in place. total: None at the first one, whose memory becomes the sum's where it
+    is of its dtype; in a graph it is not written, the text of the program puts it in."""
     raise _unbound("add_up")
 
 
@@ -281,17 +281,26 @@ class TierStore:
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
-    def add_up(self, total: Parked | None, parked: Parked) -> Parked:
+    def add_up(self, total: Parked | None, parked: Parked, dtype: torch.dtype) -> Parked:
         """See the function of this name."""
-        if total is None or total.device.type == "meta":
-            return parked if total is None else total
+        if total is None and parked.dtype == dtype:
+            return parked
+        is_first = total is None
+        if total is None:
+            like = torch.empty_strided(parked.shape, parked.stride, dtype=dtype, device="meta")
+            total = self.reserve(like, "host", parked.device)
+        if total.device.type == "meta":
+            return total
         into, place = total.place, parked.place
         before = [copy for copy in (into.writing, place.writing) if copy is not None]
 
         def run() -> None:
             for copy in before:
                 copy.wait()  # raises where what is summed has not arrived
-            into.tensor.add_(place.tensor)
+            if is_first:
+                into.tensor.copy_(place.tensor)
+            else:
+                into.tensor.add_(place.tensor)
 
         work = self._updates.submit(run, [*into.copies, *place.copies])
         into.written_by(work)

@@ -424,6 +424,24 @@ def test_gradients_add_up_where_they_are_used(num_io_threads):
     executor.close()
 
 
+def test_narrow_gradients_travel_as_they_are():
+    """Under autocast gradients are cast to float32 at the end: what is sent to a sum on the host is half as large, the sum the same."""
+    torch.manual_seed(0)
+    model, batch = Deep(), torch.randn(16, 16)
+    analysis = analyse(capture(model, batch, optimizer=adamw(model), loss_fn=lambda m, b: m(b), autocast=torch.bfloat16, accumulate=4))
+    plan = plan_step(analysis, Cluster.resolve(ONE), mesh=(1,))
+    kept, sent = (plan.assignment(analysis.step, analysis.factors) for _ in range(2))
+    sent.state = {param: StatePlace(HOST, HOST, HOST) for param, _ in Uses(analysis.step).parameters()}
+    program = lower(analysis.step, analysis.factors, sent, optimizer="AdamW")
+    offloads = [node.args[0] for node in program.graph.nodes if node.target is tiers.offload]
+    adds = [node for node in program.graph.nodes if node.target is tiers.add_up]
+    assert len(offloads) == len(adds) == 12 and all(node.args[1] is torch.float32 for node in adds)
+    assert not any(str(node.target) == "aten._to_copy.default" and torch.float32 in node.kwargs.values() for node in offloads)
+    losses, values = in_lockstep(model, batch, analysis, sent)
+    expected = in_lockstep(model, batch, analysis, kept)
+    assert losses == expected[0] and all(torch.equal(values[key], value) for key, value in expected[1].items())
+
+
 def test_sums_on_the_host_are_planned():
     """A device that cannot hold the sums of the gradients beside the rest, on a machine whose CPU has room."""
     torch.manual_seed(0)

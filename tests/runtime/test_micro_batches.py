@@ -29,7 +29,8 @@ def program_of(num: int, *, on_host: bool = False, is_fresh: bool = True) -> Loc
     new = call(aten.add.Tensor, (seen, x))
     twice = call(aten.mul.Tensor, (x, 2))
     if on_host:
-        total = call(tiers.add_up, (call(tiers.settle, (call(tiers.offload, (twice, "host")),)),))
+        arrived = call(tiers.settle, (call(tiers.offload, (twice, "host")),))
+        total = call(tiers.add_up, (arrived, torch.float32))
     else:
         total = call(micro_batches.accumulate, (twice, is_fresh))
     call(micro_batches.end, (("x",), [seen], [new]))
@@ -123,4 +124,4 @@ def test_names_are_names_only():
     with pytest.raises(RuntimeError, match=r"micro_batches\.end marks a place in a program"):
         micro_batches.end((), [], [])
     with pytest.raises(RuntimeError, match=r"tiers\.add_up was called outside an executor"):
-        tiers.add_up(None, operator.attrgetter)
+        tiers.add_up(None, operator.attrgetter, torch.float32)
