@@ -90,18 +90,20 @@ def _planned(analysis: Analysis, cluster: Cluster, limit: Any, force: str | None
 
 def frontier(models: Iterable[str], clusters: Iterable[str], kept: list[Row], save: Callable[[list[Row]], None]) -> list[Row]:
     """Rows of models x clusters x limits; those in `kept` are not planned again. Each is saved when found."""
-    rows = {(row["model"], row["cluster"], row["share"]): row for row in kept}
+    rows = {(row["model"], row["cluster"], row["share"]): row for row in kept if "row_cpu_s" in row}
     for name in models:
         for cluster in map(Cluster.resolve, clusters):
-            if all((name, cluster.name, share) in rows for share in SHARES):
+            left = [share for share in SHARES if (name, cluster.name, share) not in rows]
+            if not left:
                 continue
             analysis = analysed(name, MODELS[name], autocast_of(cluster))
             unlimited = _planned(analysis, cluster, {"device": _UNLIMITED}, places="keep")
             assert unlimited is not None, f"{name} has no plan at all"
             base = min(unlimited.predicted["peak_bytes"]["device"], cluster.device.usable_bytes)
-            for share in SHARES:
-                row = _frontier_row(analysis, cluster, name, share, int(share * base), unlimited.solver["objective_s"])
+            for share in left:
+                row = _frontier_row(analysis, cluster, name, share, int(share * base), unlimited.predicted["step_time_s"])
                 rows[name, cluster.name, share] = row
+                _use_less(row, [rows[name, cluster.name, more] for more in SHARES if more > share and (name, cluster.name, more) in rows])
                 save(list(rows.values()))
                 say(f"{name} on {cluster.name} at {share:g}: ours / best recipe = {row['ratio']} ({row['best_recipe']})")
     return list(rows.values())
@@ -109,23 +111,34 @@ def frontier(models: Iterable[str], clusters: Iterable[str], kept: list[Row], sa
 
 def _frontier_row(analysis: Analysis, cluster: Cluster, name: str, share: float, limit_bytes: int, unlimited_s: float) -> Row:
     limit = {"device": limit_bytes}
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     ours = _planned(analysis, cluster, limit)
-    seconds = time.perf_counter() - started
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     plans = {recipe: _planned(analysis, cluster, limit, *options) for recipe, options in RECIPES.items()}
     recipes = {recipe: _times(plan) for recipe, plan in plans.items() if plan is not None}
-    best = min(recipes, key=lambda recipe: recipes[recipe]["objective_s"]) if recipes else None
-    least = recipes[best]["objective_s"] if best else None
-    simulated = min((times["predicted_s"] for times in recipes.values()), default=None)
-    mine = _times(ours) if ours is not None else None
-    return {
+    row = {
         "model": name, "batch": list(MODELS[name]), "cluster": cluster.name, "share": share, "limit_bytes": limit_bytes,
-        "unlimited_s": unlimited_s, "ours": mine, "gap": ours.solver["gap"] if ours else None, "planning_s": seconds,
-        "residency": ours.residency if ours else {}, "state": ours.state if ours else {}, "recipes": recipes, "best_recipe": best,
-        "ratio": mine["objective_s"] / least if mine and least else None,
-        "ratio_simulated": mine["predicted_s"] / simulated if mine and simulated else None,
-        "holds": least is None or (mine is not None and mine["objective_s"] <= least * (1 + GAP)),
+        "unlimited_s": unlimited_s, "ours": _times(ours) if ours else None, "made_for_bytes": limit_bytes,
+        "gap": ours.solver["gap"] if ours else None, "planning_s": seconds, "planning_cpu_s": cpu_s,
+        "residency": ours.residency if ours else {}, "state": ours.state if ours else {}, "recipes": recipes,
     }  # fmt: skip
+    return _compared(row) | {"row_cpu_s": time.process_time() - cpu}
+
+
+def _compared(row: Row) -> Row:
+    """With ours beside the fastest recipe, by the simulated step."""
+    recipes, mine = row["recipes"], row["ours"]
+    best = min(recipes, key=lambda recipe: recipes[recipe]["predicted_s"]) if recipes else None
+    ratio = mine["predicted_s"] / recipes[best]["predicted_s"] if mine and best else None
+    return row | {"best_recipe": best, "ratio": ratio, "holds": best is None or (ratio is not None and ratio <= 1 + GAP)}
+
+
+def _use_less(row: Row, larger: Iterable[Row]) -> None:
+    """What was made for less memory serves where there is more, if it is faster: as `opweave frontier` does."""
+    for other in larger:
+        if row["ours"] and (not other["ours"] or row["ours"]["predicted_s"] < other["ours"]["predicted_s"]):
+            other.update({key: row[key] for key in ("ours", "made_for_bytes", "residency", "state", "gap")})
+            other.update(_compared(other))
 
 
 def _times(plan: Plan) -> dict[str, float]:
@@ -147,7 +160,6 @@ def frontier_summary(rows: Sequence[Row]) -> Row:
         "least_ratio": ratios[0] if ratios else None,
         "most_ratio": ratios[-1] if ratios else None,
         "violations": [_where(row) for row in rows if not row["holds"]],
-        "simulated_violations": [_where(row) for row in rows if (row["ratio_simulated"] or 0.0) > 1 + GAP],
         "not_monotone": _not_monotone(rows),
         "holds": all(row["holds"] for row in rows) and not _not_monotone(rows),
     }
@@ -157,7 +169,7 @@ def _not_monotone(rows: Sequence[Row]) -> list[str]:
     out = []
     for row in rows:
         larger = [r for r in rows if (r["model"], r["cluster"]) == (row["model"], row["cluster"]) and r["share"] > row["share"]]
-        if row["ours"] and any(not r["ours"] or r["ours"]["objective_s"] > row["ours"]["objective_s"] * (1 + GAP) for r in larger):
+        if row["ours"] and any(not r["ours"] or r["ours"]["predicted_s"] > row["ours"]["predicted_s"] * (1 + GAP) for r in larger):
             out.append(_where(row))
     return out
 
@@ -173,11 +185,11 @@ def frontier_table(rows: Sequence[Row]) -> str:
         "|---" * (4 + len(RECIPES)) + "|",
     ]
     for row in rows:
-        mine = row["ours"]["objective_s"] if row["ours"] else None
+        mine = row["ours"]["predicted_s"] if row["ours"] else None
         cells = [row["model"], row["cluster"], f"{row['limit_bytes'] / 2**30:.1f}", f"{mine * 1e3:.4g}" if mine else "does not fit"]
         for recipe in RECIPES:
             other = row["recipes"].get(recipe)
-            cells.append(f"{mine / other['objective_s']:.3f}" if mine and other else "—")
+            cells.append(f"{mine / other['predicted_s']:.3f}" if mine and other else "—")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

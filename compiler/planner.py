@@ -2,10 +2,10 @@
 
 `plan_step` is called by `api` once the step is captured and analysed.
 
-Each mesh is solved in up to four forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on
-what any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and
-the choice where everything lives (`price_places`); the same without prefetching, where nothing else fits. Meshes are taken best bound
-first, so most of them are never solved in full.
+Each mesh is solved in several forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on what
+any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and the
+choice where everything lives (`price_places`), room and seconds left free for copies to queue, as long as another such plan may be faster;
+the same without prefetching, where nothing else fits. Meshes are taken best bound first, so most of them are never solved in full.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Search:
             if not excess(outcome.memory.pools, self.limits):
                 mesh.best, mesh.outcome = mesh.loose, outcome
                 return
-        forms = _FORMS.get(self.places, _FORMS[AUTO][1:])
+        forms = _FORMS.get(self.places, _FORMS[AUTO][2:])  # recipes leave little to choose
         for form in forms:
             if self._is_worth_solving(form, mesh):
                 self._fit(mesh, form, is_last=form == forms[-1])
