@@ -1,32 +1,30 @@
 """Lowering: step graph + assignment → the local program of a rank. The only code that writes graphs.
 
-Each op is emitted on local tensors, its operands brought into the layouts its strategy wants. A layout change is the list of
-`reshard.steps`; its last collective starts where the tensor is ready and is waited for at its first use, so gradient reductions run beside
-the backward pass. Small gradient collectives of one kind and group are sent together (`bucket_bytes`).
+Each op is emitted on local tensors, its operands brought into the layouts its strategy wants (`lower_reshard`). The last collective of a
+change starts where the tensor is ready and is waited for at its first use, so gradient reductions run beside the backward pass.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..runtime import collectives, micro_batches, tiers
+from ..runtime import micro_batches, tiers
 from ..runtime.program import LocalProgram, Port
 from ..runtime.sharding import ShardSpec
 from . import local_ops
 from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
-from .layout import PARTIAL_NAME, Layout, replicated, spec_of
+from .layout import Layout, replicated, spec_of
 from .lower_micro_batches import MicroBatchLowering, let_sums_take_over
+from .lower_reshard import Later, Resharding
 from .lower_updates import UpdateQueue, sent_narrow
 from .micro_batches import gradient_sums, is_sum
-from .reshard import Step, steps
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
 from .rule import tensor_args
 from .rule_table import UPDATE, op_name, row_of
@@ -64,32 +62,6 @@ class Assignment:
     bucket_bytes: int = BUCKET_BYTES
 
 
-@dataclass(slots=True)
-class _Later:
-    """A tensor whose last collective is under way: emitted `wait` on first use."""
-
-    get: Callable[[], fx.Node]
-    node: fx.Node | None = None
-
-    def __call__(self) -> fx.Node:
-        if self.node is None:
-            self.node = self.get()
-        return self.node
-
-
-def _ready(node: fx.Node) -> _Later:
-    return _Later(lambda: node, node)
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Tensors waiting to be sent together."""
-
-    items: list[tuple[fx.Node, tuple[Any, ...]]] = field(default_factory=list)
-    num_bytes: float = 0.0
-    sent: fx.Node | None = None
-
-
 class Lowering:
     """Lowers one step graph under one assignment."""
 
@@ -101,17 +73,18 @@ class Lowering:
         self.mesh = assignment.mesh
         self.e = Emitter(self.mesh, device)
         self._optimizer = optimizer
-        self.bucket_bytes = assignment.bucket_bytes if bucket_bytes is None else bucket_bytes
+        self.layouts = Resharding(
+            self.e, factors, self.spec, self._is_written, assignment.bucket_bytes if bucket_bytes is None else bucket_bytes
+        )
         self._whole = replicated(len(self.mesh))
         self.uses = Uses(step)
         # By phase of the readers: what the backward pass fetches or makes again, it does not find where the forward pass did.
         self._raw: dict[tuple[fx.Node, str], tuple[fx.Node, Layout]] = {}
-        self._kept: dict[tuple[fx.Node, str], _Later] = {}
+        self._kept: dict[tuple[fx.Node, str], Later] = {}
         self._parked: dict[fx.Node, fx.Node] = {}
         self._num_recomputed = 0
         self._clipped = False
-        self._copies: dict[tuple[fx.Node, str, Layout], _Later] = {}
-        self._buckets: dict[tuple[Any, ...], _Bucket] = {}
+        self._copies: dict[tuple[fx.Node, str, Layout], Later] = {}
         self._update_of: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self._gradients: set[fx.Node] = set()
         self._infos: dict[fx.Node, GraphInput] = {}
@@ -137,9 +110,9 @@ class Lowering:
                     self._update_of[s] = (node, param)
         sums = gradient_sums(self.step)
         self._gradients |= sums.keys() | set(sums.values())
-        small_buckets = min(self.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
+        small_buckets = min(self.layouts.bucket_bytes, self._parameter_bytes() // _NUM_EARLY_BUCKETS)
         if self.plan.early_updates:
-            self.bucket_bytes = small_buckets
+            self.layouts.bucket_bytes = small_buckets
         self.micro_batches.begin(small_buckets)
         inputs = tuple(self._input(node, info) for node, info in self._infos.items())
         updates = UpdateQueue(self)
@@ -219,6 +192,10 @@ class Lowering:
         """From here on an input is this."""
         self._raw[stored, "fwd"] = (local, self._raw[stored, "fwd"][1])
 
+    def _is_written(self, value: fx.Node) -> bool:
+        """Whether a value is stored and updated in place."""
+        return value.op == "placeholder" and self._infos[value].kind in ("param", "state")
+
     def output(self, value: fx.Node) -> fx.Node:
         """A local value as it leaves the step, complete on every rank."""
         return self.get(value, "output", self._whole)
@@ -296,7 +273,7 @@ class Lowering:
         """Start bringing a value that was just made into the layout in which it is kept."""
         piece, layout = self._raw[value, phase]
         if value in self.plan.kept and self.plan.kept[value] != layout:
-            self._kept[value, phase] = self.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
+            self._kept[value, phase] = self.layouts.reshard(value, piece, layout, self.plan.kept[value], bucket=value in self._gradients)
 
     def wait_for_kept(self, value: fx.Node) -> None:
         """Emit the wait for a value of the backward pass that is on its way into the layout in which it is kept."""
@@ -346,7 +323,7 @@ class Lowering:
             found = self._copies[value, phase, layout] = self._read(value, phase, layout)
         return found()
 
-    def _read(self, value: fx.Node, phase: str, layout: Layout) -> _Later:
+    def _read(self, value: fx.Node, phase: str, layout: Layout) -> Later:
         at = self._available(value, phase)
         node, have = self._raw[value, at]
         if (value, at) in self._kept:
@@ -359,11 +336,11 @@ class Lowering:
         if read != have:
             key = (value, phase + "/read", read)
             if key not in self._copies:
-                self._copies[key] = self.reshard(value, node, have, read)
+                self._copies[key] = self.layouts.reshard(value, node, have, read)
             if read == layout:
                 return self._copies[key]
             node = self._copies[key]()
-        return self.reshard(value, node, read, layout)
+        return self.layouts.reshard(value, node, read, layout)
 
     # -- tiers and recomputation ------------------------------------------------------------------------------------------
 
@@ -421,93 +398,6 @@ class Lowering:
             num_bytes = math.prod(self.spec(value, layout).local_shape()) * value.meta["val"].element_size()
             if num_bytes >= SMALL_BYTES:
                 self._parked[value] = self.e.op(tiers.settle, self.e.op(tiers.offload, local, self.plan.residency[unit]))
-
-    def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> _Later:
-        """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
-        way = list(steps(source, target, self.mesh))
-        later = _ready(node)
-        while way:
-            step = way.pop(0)
-            axes = [step.axis]
-            # All-reduces of one kind over several axes are one all-reduce over all of them.
-            while step.kind == "all_reduce" and way and way[0].kind == "all_reduce" and way[0].source == step.source:
-                axes.append(way.pop(0).axis)
-            later = self._step(value, later(), step, tuple(sorted(axes)), bucket=bucket and not way)
-        return later
-
-    def _step(self, value: fx.Node, x: fx.Node, step: Step, axes: tuple[int, ...], *, bucket: bool) -> _Later:
-        spec = self.spec(value, step.before)
-        e = self.e
-        if step.kind == "slice":
-            piece = e.take(x, axes, *self._place(value, spec, step.target))
-            # Some kernels of torch take saved statistics for contiguous without looking. State stays a view: updates write through it.
-            written = value.op == "placeholder" and self._infos[value].kind in ("param", "state")
-            return _ready(piece if written else e.op(torch.ops.aten.contiguous.default, piece))
-        if step.kind == "zero":
-            return _ready(e.zero_unless_first(x, axes))
-        kind = PARTIAL_NAME.get(step.source, "sum")
-        if step.kind == "all_reduce":
-            if bucket:
-                return self._bucketed(value, x, spec, ("all_reduce", axes, kind), ())
-            pending = e.start(collectives.all_reduce, x, axes, kind)
-        elif step.kind == "reduce_scatter":
-            place = self._place(value, spec, step.target)
-            if bucket:
-                return self._bucketed(value, x, spec, ("reduce_scatter", axes, kind), place)
-            pending = e.start(collectives.reduce_scatter, x, axes, *place, kind)
-        elif step.kind == "all_gather":
-            place = self._place(value, spec, step.source)
-            if bucket:
-                return self._bucketed(value, x, spec, ("all_gather", axes, ""), place)
-            pending = e.start(collectives.all_gather, x, axes, *place)
-        else:
-            split, gather = self._place(value, spec, step.target), self._place(value, spec, step.source)
-            pending = e.start(collectives.all_to_all, x, axes, *split, *gather)
-        return _Later(lambda: e.wait(pending))
-
-    def _place(self, value: fx.Node, spec: ShardSpec, atom: int) -> tuple[int, int]:
-        """(dim, product of the local sizes of the dim's factors outside this atom)."""
-        dim, index = self.factors.splits(value)[atom]
-        return dim, math.prod(spec.local_factors()[dim][:index])
-
-    # -- buckets ----------------------------------------------------------------------------------------------------------
-
-    def _bucketed(self, value: fx.Node, x: fx.Node, spec: ShardSpec, key: tuple[Any, ...], place: tuple[Any, ...]) -> _Later:
-        val = value.meta["val"]
-        full = (*key, val.dtype)
-        bucket = self._buckets.setdefault(full, _Bucket())
-        at = len(bucket.items)
-        bucket.items.append((x, place))
-        bucket.num_bytes += math.prod(spec.local_shape()) * val.element_size()
-        if bucket.num_bytes >= self.bucket_bytes:
-            self._send(full)
-
-        def get() -> fx.Node:
-            if bucket.sent is None:
-                self._send(full)
-            assert bucket.sent is not None
-            if bucket.sent.target is not collectives.wait and "result" not in bucket.sent.meta:
-                bucket.sent.meta["result"] = self.e.wait(bucket.sent)
-            result = bucket.sent.meta["result"]
-            return self.e.op(operator.getitem, result, at) if len(bucket.items) > 1 else result
-
-        return _Later(get)
-
-    def _send(self, key: tuple[Any, ...]) -> None:
-        bucket = self._buckets.pop(key)
-        kind, axes, op, _ = key
-        xs = [x for x, _ in bucket.items]
-        places = [p for _, p in bucket.items]
-        if len(xs) == 1:
-            args = (*places[0], op) if op else places[0]
-            bucket.sent = self.e.start(getattr(collectives, kind), xs[0], axes, *args)
-            return
-        target = getattr(collectives, kind + "_bucket")
-        if kind == "all_reduce":
-            bucket.sent = self.e.start(target, xs, axes, op)
-        else:
-            dims, outers = [p[0] for p in places], [p[1] for p in places]
-            bucket.sent = self.e.start(target, xs, axes, dims, outers, *([op] if op else []))
 
 def lower(
     step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",

@@ -51,7 +51,7 @@ class MicroBatchLowering:
     def begin(self, bucket_bytes: int) -> None:
         """The first micro-batch begins; until the end gradients are sent together up to so many bytes."""
         if not self.is_over:
-            self._bucket_bytes_behind, self._low.bucket_bytes = self._low.bucket_bytes, bucket_bytes
+            self._bucket_bytes_behind, self._low.layouts.bucket_bytes = self._low.layouts.bucket_bytes, bucket_bytes
 
     def add(self, node: fx.Node) -> None:
         """Emit an `opweave::accumulate`, now or when its operand has arrived."""
@@ -75,7 +75,7 @@ class MicroBatchLowering:
         old = {low.info(node).fqn: node for node in low.inputs("buffer")}
         low.e.op(micro_batches.end, brought, [low.local_input(old[fqn]) for fqn in new], list(new.values()))
         self.is_over = True
-        low.bucket_bytes = self._bucket_bytes_behind
+        low.layouts.bucket_bytes = self._bucket_bytes_behind
         for total in (total for total in self._sums if total not in self.on_host):
             low.keep(total, "bwd")
             self._when_arrived(total, low.wait_for_kept)  # what it was made of is free then
@@ -84,7 +84,7 @@ class MicroBatchLowering:
         """Do something with what is on its way to or from a sum, once more than two buckets are behind it: it has had the time."""
         self._waiting.append((node, then))
         self._waiting_bytes += self._num_bytes(node)
-        while self._waiting_bytes - self._num_bytes(self._waiting[0][0]) > 2 * self._low.bucket_bytes:
+        while self._waiting_bytes - self._num_bytes(self._waiting[0][0]) > 2 * self._low.layouts.bucket_bytes:
             self._oldest()
 
     def _oldest(self) -> None:

@@ -70,7 +70,7 @@ class UpdateQueue:
             bucket = self._open[key]
             bucket.append(op)
             self._filled[key] += self._num_bytes(op)
-            if self._filled[key] >= self._low.bucket_bytes:
+            if self._filled[key] >= self._low.layouts.bucket_bytes:
                 self._filled[key] = 0
                 self._full.append((key, self._open.pop(key)))
             while len(self._full) > (1 if math.prod(self._low.mesh) > 1 else 0):
@@ -108,7 +108,7 @@ class UpdateQueue:
             return [ops] if ops else []
         calls: list[list[fx.Node]] = [[]]
         for op in ops:
-            if calls[-1] and sum(map(self._num_bytes, calls[-1])) >= self._low.bucket_bytes:
+            if calls[-1] and sum(map(self._num_bytes, calls[-1])) >= self._low.layouts.bucket_bytes:
                 calls.append([])
             calls[-1].append(op)
         return [call for call in calls if call]
@@ -187,7 +187,7 @@ class UpdateQueue:
             return
         made = self._plan.ops[op].results[0]
         assert made is not None, f"{op.name} has no layout"
-        returned = self._low.reshard(param, local, made, self._plan.inputs[param], bucket=place.param == DEVICE)
+        returned = self._low.layouts.reshard(param, local, made, self._plan.inputs[param], bucket=place.param == DEVICE)
         if place.param == DEVICE:
             self._returning.append((param, returned))  # waited for at the end, when all have started
         else:

@@ -105,7 +105,7 @@ def lowered(mesh, source, target):
     lowering = Lowering(StepGraph(graph=graph, inputs=(), outputs=(GraphOutput(kind="extra"),)), factors, Assignment(mesh=mesh))
     local = lowering.e.graph.placeholder("x")
     lowering._infos[x] = GraphInput(name="x", kind="batch", fqn="x")
-    later = lowering.reshard(x, local, source, target)
+    later = lowering.layouts.reshard(x, local, source, target)
     lowering.e.graph.output((later(),))
     specs = [lowering.spec(x, layout) for layout in (source, target)]
     given = Port(name="x", kind="batch", fqn="x", dtype=torch.float64, spec=specs[0])

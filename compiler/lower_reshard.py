@@ -1,0 +1,152 @@
+"""Layout changes in the local program: the collectives of `reshard.steps`, those of small gradients sent together.
+
+The last collective of a change starts where the tensor is ready and is waited for where the result is first asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..runtime import collectives
+from ..runtime.sharding import ShardSpec
+from .emit import Emitter
+from .factors import FactorMap
+from .layout import PARTIAL_NAME, Layout
+from .reshard import Step, steps
+
+
+@dataclass(slots=True)
+class Later:
+    """A tensor whose last collective is under way: emitted `wait` on first use."""
+
+    get: Callable[[], fx.Node]
+    node: fx.Node | None = None
+
+    def __call__(self) -> fx.Node:
+        if self.node is None:
+            self.node = self.get()
+        return self.node
+
+
+def _ready(node: fx.Node) -> Later:
+    return Later(lambda: node, node)
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Tensors waiting to be sent together."""
+
+    items: list[tuple[fx.Node, tuple[Any, ...]]] = field(default_factory=list)
+    num_bytes: float = 0.0
+    sent: fx.Node | None = None
+
+
+class Resharding:
+    """Brings local tensors into other layouts.
+
+    spec: the ShardSpec of a value in a layout. is_written: whether a value is stored and updated in place. bucket_bytes: gradients and
+    new parameters are sent together up to this many; may be changed on the way.
+    """
+
+    def __init__(
+        self, emitter: Emitter, factors: FactorMap, spec: Callable[[fx.Node, Layout], ShardSpec], is_written: Callable[[fx.Node], bool],
+        bucket_bytes: int,
+    ) -> None:  # fmt: skip
+        self._e, self._factors, self._spec, self._is_written = emitter, factors, spec, is_written
+        self._mesh = emitter.mesh
+        self.bucket_bytes = bucket_bytes
+        self._buckets: dict[tuple[Any, ...], _Bucket] = {}
+
+    def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> Later:
+        """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
+        way = list(steps(source, target, self._mesh))
+        later = _ready(node)
+        while way:
+            step = way.pop(0)
+            axes = [step.axis]
+            # All-reduces of one kind over several axes are one all-reduce over all of them.
+            while step.kind == "all_reduce" and way and way[0].kind == "all_reduce" and way[0].source == step.source:
+                axes.append(way.pop(0).axis)
+            later = self._step(value, later(), step, tuple(sorted(axes)), bucket=bucket and not way)
+        return later
+
+    def _step(self, value: fx.Node, x: fx.Node, step: Step, axes: tuple[int, ...], *, bucket: bool) -> Later:
+        spec = self._spec(value, step.before)
+        e = self._e
+        if step.kind == "slice":
+            piece = e.take(x, axes, *self._place(value, spec, step.target))
+            # Some kernels of torch take saved statistics for contiguous without looking. State stays a view: updates write through it.
+            written = self._is_written(value)
+            return _ready(piece if written else e.op(torch.ops.aten.contiguous.default, piece))
+        if step.kind == "zero":
+            return _ready(e.zero_unless_first(x, axes))
+        kind = PARTIAL_NAME.get(step.source, "sum")
+        if step.kind == "all_reduce":
+            if bucket:
+                return self._bucketed(value, x, spec, ("all_reduce", axes, kind), ())
+            pending = e.start(collectives.all_reduce, x, axes, kind)
+        elif step.kind == "reduce_scatter":
+            place = self._place(value, spec, step.target)
+            if bucket:
+                return self._bucketed(value, x, spec, ("reduce_scatter", axes, kind), place)
+            pending = e.start(collectives.reduce_scatter, x, axes, *place, kind)
+        elif step.kind == "all_gather":
+            place = self._place(value, spec, step.source)
+            if bucket:
+                return self._bucketed(value, x, spec, ("all_gather", axes, ""), place)
+            pending = e.start(collectives.all_gather, x, axes, *place)
+        else:
+            split, gather = self._place(value, spec, step.target), self._place(value, spec, step.source)
+            pending = e.start(collectives.all_to_all, x, axes, *split, *gather)
+        return Later(lambda: e.wait(pending))
+
+    def _place(self, value: fx.Node, spec: ShardSpec, atom: int) -> tuple[int, int]:
+        """(dim, product of the local sizes of the dim's factors outside this atom)."""
+        dim, index = self._factors.splits(value)[atom]
+        return dim, math.prod(spec.local_factors()[dim][:index])
+
+    # -- buckets ----------------------------------------------------------------------------------------------------------
+
+    def _bucketed(self, value: fx.Node, x: fx.Node, spec: ShardSpec, key: tuple[Any, ...], place: tuple[Any, ...]) -> Later:
+        val = value.meta["val"]
+        full = (*key, val.dtype)
+        bucket = self._buckets.setdefault(full, _Bucket())
+        at = len(bucket.items)
+        bucket.items.append((x, place))
+        bucket.num_bytes += math.prod(spec.local_shape()) * val.element_size()
+        if bucket.num_bytes >= self.bucket_bytes:
+            self._send(full)
+
+        def get() -> fx.Node:
+            if bucket.sent is None:
+                self._send(full)
+            assert bucket.sent is not None
+            if bucket.sent.target is not collectives.wait and "result" not in bucket.sent.meta:
+                bucket.sent.meta["result"] = self._e.wait(bucket.sent)
+            result = bucket.sent.meta["result"]
+            return self._e.op(operator.getitem, result, at) if len(bucket.items) > 1 else result
+
+        return Later(get)
+
+    def _send(self, key: tuple[Any, ...]) -> None:
+        bucket = self._buckets.pop(key)
+        kind, axes, op, _ = key
+        xs = [x for x, _ in bucket.items]
+        places = [p for _, p in bucket.items]
+        if len(xs) == 1:
+            args = (*places[0], op) if op else places[0]
+            bucket.sent = self._e.start(getattr(collectives, kind), xs[0], axes, *args)
+            return
+        target = getattr(collectives, kind + "_bucket")
+        if kind == "all_reduce":
+            bucket.sent = self._e.start(target, xs, axes, op)
+        else:
+            dims, outers = [p[0] for p in places], [p[1] for p in places]
+            bucket.sent = self._e.start(target, xs, axes, dims, outers, *([op] if op else []))
