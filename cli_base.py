@@ -213,9 +213,24 @@ def limits_of(text: str | None, cluster: Any) -> dict[str, float]:
     from .compiler.limits import memory_limits
 
     try:
-        return memory_limits(text, cluster)
+        limits = memory_limits(text, cluster)
     except ValueError as error:
         raise ValueError(f"--memory-limit {text!r} is not a size that can be used: {error}") from None
+    if text is not None and _leads():
+        _warn_of_more_than_there_is(limits, cluster)
+    return limits
+
+
+def _warn_of_more_than_there_is(limits: dict[str, float], cluster: Any) -> None:
+    """A limit is what a plan may use, wherever it will run: more than this cluster has is no error."""
+    from .cli_tables import bytes_text
+    from .compiler.suggestions import available
+
+    there = {"device": float(cluster.device.usable_bytes), **available(cluster)}
+    for pool, num_bytes in limits.items():
+        if num_bytes > there.get(pool, num_bytes):
+            text = f"the limit of the {pool}, {bytes_text(num_bytes)}, is more than the {bytes_text(there[pool])} that {cluster.name} has"
+            messages.print(f"[yellow]warning:[/] {text} per device", soft_wrap=True)
 
 
 def is_plan_file(argument: str) -> bool:

@@ -266,6 +266,7 @@ def run(
     from .compiler import api
     from .measured_run import run_steps
     from .runtime.memory import MemoryLimitError
+    from .runtime.tiers import TierError
 
     built, example = materialised(model, sizes)
     step = api.compile(
@@ -276,9 +277,12 @@ def run(
     try:
         with busy(f"planning {model} on {where.name}") if leads else contextlib.nullcontext():
             step.prepare(example)
+    except TierError as error:
+        raise ValueError(str(error)) from error
+    try:
         with steps_bar("training", leads and not as_json) as progress:
             measured, losses = run_steps(step, example, steps, progress)
-    except (MemoryLimitError, ArithmeticError) as error:
+    except (MemoryLimitError, TierError, ArithmeticError) as error:
         raise CheckFailed(str(error)) from error
     if leads:
         _report_run(model, where.name, step.plan, measured, losses, as_json)

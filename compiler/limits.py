@@ -14,7 +14,7 @@ POOLS = (DEVICE, HOST, DISK)
 Limits = dict[str, float]
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?B?\s*")
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
 
 
 def memory_limits(given: Any, cluster: Cluster) -> Limits:
@@ -54,22 +54,28 @@ def _given(given: Any) -> Limits:
         return {}
     if isinstance(given, str) and "=" in given:
         parts = [part.split("=", 1) for part in given.split(",")]
-        bad = [part for part in parts if len(part) != 2]
-        if bad:
+        if any(len(part) != 2 for part in parts):
             raise _refuse(given)
-        given = {name.strip(): size for name, size in parts}
+        names = [name.strip() for name, _ in parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"memory_limit {given!r} gives the pool {max(names, key=names.count)!r} twice; give each once")
+        return _of_pools({name.strip(): size for name, size in parts}, given)
     if isinstance(given, Mapping):
-        unknown = set(given) - set(POOLS)
-        if unknown:
-            raise ValueError(f"memory_limit names the pool {sorted(map(str, unknown))[0]!r}; the pools are {', '.join(POOLS)}")
-        return {pool: _size(value, given) for pool, value in given.items()}
+        return _of_pools(given, given)
     return {DEVICE: _size(given, given)}
+
+
+def _of_pools(sizes: Mapping[str, Any], given: Any) -> Limits:
+    unknown = set(sizes) - set(POOLS)
+    if unknown:
+        raise ValueError(f"memory_limit names the pool {sorted(map(str, unknown))[0]!r}; the pools are {', '.join(POOLS)}")
+    return {pool: _size(value, given) for pool, value in sizes.items()}
 
 
 def _size(value: Any, given: Any) -> float:
     if isinstance(value, str):
         found = _SIZE.fullmatch(value)
-        value = float(found.group(1)) * _UNITS[found.group(2) or ""] if found else None
+        value = float(found.group(1)) * _UNITS[(found.group(2) or "").capitalize()] if found else None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
         return float(value)
     raise _refuse(given)
@@ -77,6 +83,6 @@ def _size(value: Any, given: Any) -> float:
 
 def _refuse(given: Any) -> ValueError:
     return ValueError(
-        f"memory_limit is {given!r}; give bytes per device, a number above 0 (10e9) or a text (10GiB), or several pools: "
-        '"device=4GiB,host=32GiB,disk=100GiB"'
+        f"memory_limit is {given!r}; give bytes per device, a number above 0 (10e9) or a text (10GiB; K, M, G, T are powers of "
+        '1000, Ki, Mi, Gi, Ti of 1024), or several pools: "device=4GiB,host=32GiB,disk=100GiB"'
     )

@@ -190,7 +190,7 @@ class DiskFile:
         self.fd = -1  # the number may be another file's soon
 
 
-_OTHER_FOLDER = "Another folder is chosen with TierOptions(disk_path=...)."
+_OTHER_FOLDER = "Another folder is chosen with disk_path= of opweave.compile, --disk-path of opweave run, or TierOptions(disk_path=...)."
 _CHECKPOINT = "load the last checkpoint: the step that failed may have updated some parameters already"
 
 

@@ -185,3 +185,14 @@ def test_a_plan_with_autocast_is_verified_simulated_compared_and_run(tmp_path):
     assert ran["measured"]["peak_bytes"] == predicted["peak_bytes"] and len(ran["losses"]) == 2
     code, _, err = run("run", path, "--force", "ddp", "--accumulate", "2")
     assert code == 2 and "--force, --accumulate cannot be given beside a plan file" in err
+
+
+def test_a_folder_that_cannot_be_used_is_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run("run", "mlp-tiny", "-c", "cpu:1", "--steps", "1", "--memory-limit", TIGHT, "--disk-path", tmp_path / "file")
+    assert code == 2 and "the disk tier cannot use the folder" in err and "--disk-path" in err
+
+
+def test_more_than_there_is_is_said():
+    code, _, err = run("plan", "mlp-tiny", "-c", "cpu:1", "--memory-limit", "device=9000TiB", "--json")
+    assert code == 0 and "warning: the limit of the device, 9e+03 TiB, is more than the" in err

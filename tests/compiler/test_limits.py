@@ -12,7 +12,7 @@ CPU, DGX = Cluster.preset("cpu"), Cluster.preset("dgx-a100-640")
     [
         ("40GiB", 40 * 2**30), ("40 GiB", 40 * 2**30), ("1.5GB", 1.5e9), ("512", 512), ("2Ki", 2048),
         (10e9, 10e9), ({"device": "1MiB"}, 2**20),
-        ("device=4GiB", 4 * 2**30), (".5T", 5e11), ("1e3M", 1e9),
+        ("device=4GiB", 4 * 2**30), (".5T", 5e11), ("1e3M", 1e9), ("4gib", 4 * 2**30), ("10gb", 1e10),
     ],
 )  # fmt: skip
 def test_sizes(given, device):
@@ -29,6 +29,16 @@ def test_what_is_not_given():
 def test_nonsense_is_refused(given):
     with pytest.raises(ValueError, match=r"memory_limit is .*give bytes per device, a number above 0"):
         memory_limits(given, CPU)
+
+
+def test_a_pool_given_twice():
+    with pytest.raises(ValueError, match="'device=4GiB, device=5GiB' gives the pool 'device' twice"):
+        memory_limits("device=4GiB, device=5GiB", CPU)
+
+
+def test_a_refusal_shows_what_was_written():
+    with pytest.raises(ValueError, match=r"memory_limit is 'device=5GiB;disk=1GB'; .*Ki, Mi, Gi, Ti of 1024"):
+        memory_limits("device=5GiB;disk=1GB", CPU)
 
 
 def test_unknown_pool():
