@@ -200,6 +200,14 @@ class Lowering:
         """A local value as it leaves the step, complete on every rank."""
         return self.get(value, "output", self._whole)
 
+    def output_of_its_own(self, value: fx.Node) -> fx.Node:
+        """`output`, where that is no input: the next micro-batch finds another value under the name of an input."""
+        local = self.output(value)
+        if local.op == "placeholder":
+            local = self.e.op(torch.ops.aten.clone.default, local)
+            self._copies[value, "output", self._whole] = _ready(local)
+        return local
+
     def loss(self) -> fx.Node:
         """The local loss, complete on every rank."""
         return self.output(self.step.output_values("loss")[0])

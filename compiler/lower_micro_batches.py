@@ -71,8 +71,11 @@ class MicroBatchLowering:
         low, step = self._low, self._low.step
         brought = tuple(info.name for info in step.inputs if info.kind not in STORED_KINDS)
         buffers = [info.fqn for info in step.outputs if info.kind == "buffer"]
-        new = dict(zip(buffers, map(low.output, step.output_values("buffer")), strict=True))
+        new = dict(zip(buffers, map(low.output_of_its_own, step.output_values("buffer")), strict=True))
         old = {low.info(node).fqn: node for node in low.inputs("buffer")}
+        for value in step.output_values("extra"):
+            if value in old.values():
+                low.output_of_its_own(value)
         low.e.op(micro_batches.end, brought, [low.local_input(old[fqn]) for fqn in new], list(new.values()))
         self.is_over = True
         low.layouts.bucket_bytes = self._bucket_bytes_behind

@@ -122,8 +122,8 @@ class _Writer:
             self._delete([node] if not node.users else [])
 
     def _loop_ends(self, loop: _Loop) -> None:
-        for old, new in zip(loop.old, loop.new, strict=True):
-            self._add(f"{self._name(old)} = {self._name(new)}")
+        if loop.old:
+            self._add(", ".join(map(self._name, loop.old)) + " = " + ", ".join(map(self._name, loop.new)))
         if self.tracked:
             self._add(f"track({self.slot[loop.end]}, {self._value(list(loop.new))})", loop.end)
         self.indent = "    "

@@ -70,6 +70,21 @@ def tied() -> tuple[nn.Module, Any]:
     return Tied(), {"ids": torch.randint(16, (8, 4)), "labels": torch.randint(16, (8, 4)), "weights": torch.randn(8, 4, 8)}
 
 
+class Shifting(nn.Module):
+    """Keeps its last two inputs: the new value of one buffer is the old one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("last", torch.zeros(4))
+        self.register_buffer("before", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.before = self.last
+        self.last = x.mean(0)
+        return (self.layer(x) + self.before).square().mean()
+
+
 class Deep(nn.Module):
     """Its activations outweigh its parameters by far."""
 
@@ -94,7 +109,8 @@ class Dropped(nn.Module):
 
 def load(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
-    return tied() if name == "tied" else zoo.load(name)
+    own = {"tied": tied, "shifting": lambda: (Shifting(), {"x": torch.randn(8, 4)})}
+    return own[name]() if name in own else zoo.load(name)
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -123,7 +139,7 @@ def eager_loop(model: nn.Module, batch: Any, num: int, clip: float | None = None
 
 
 @pytest.mark.parametrize("num", [2, 4])
-@pytest.mark.parametrize("name", ["mlp-tiny", "tied", "resnet-tiny"])
+@pytest.mark.parametrize("name", ["mlp-tiny", "tied", "resnet-tiny", "shifting"])
 def test_one_device_is_the_loop_bit_for_bit(name, num):
     model, batch = load(name)
     if next(iter(batch.values())).shape[0] % num:
@@ -201,6 +217,18 @@ def test_extras_are_those_of_the_last_micro_batch():
     step = ow.compile(model, ONE, loss_fn=lambda m, b: (m(b).square().mean(), {"first": b[0, 0]}), accumulate=4)
     step(batch)
     assert step.extras[0]["first"] == batch[6, 0]
+
+
+def test_an_extra_is_a_buffer_as_the_last_micro_batch_found_it():
+    model, batch = load("shifting")
+
+    def loss_of(model, batch):
+        found = model.last
+        return model(batch["x"]), found
+
+    step = ow.compile(model, ONE, loss_fn=loss_of, accumulate=4)
+    step(batch)
+    assert torch.equal(step.extras[0], batch["x"][4:6].mean(0))
 
 
 def test_a_plan_knows_its_micro_batches(tmp_path):
