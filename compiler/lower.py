@@ -22,7 +22,7 @@ from .emit import Cut, Emitter
 from .factors import BoundOp, FactorMap, is_getitem, result_values
 from .layout import Layout, replicated, spec_of
 from .lower_micro_batches import MicroBatchLowering, let_sums_take_over
-from .lower_reshard import Later, Resharding
+from .lower_reshard import Later, Resharding, ready
 from .lower_updates import UpdateQueue, sent_narrow
 from .micro_batches import gradient_sums, is_sum
 from .residency import DEVICE, DISK, HOST, KEEP, ON_DEVICE, SMALL_BYTES, StatePlace, Uses, results, unit_of
@@ -205,7 +205,7 @@ class Lowering:
         local = self.output(value)
         if local.op == "placeholder":
             local = self.e.op(torch.ops.aten.clone.default, local)
-            self._copies[value, "output", self._whole] = _ready(local)
+            self._copies[value, "output", self._whole] = ready(local)
         return local
 
     def loss(self) -> fx.Node:

@@ -35,7 +35,8 @@ class Later:
         return self.node
 
 
-def _ready(node: fx.Node) -> Later:
+def ready(node: fx.Node) -> Later:
+    """A tensor that is there."""
     return Later(lambda: node, node)
 
 
@@ -67,7 +68,7 @@ class Resharding:
     def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> Later:
         """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
         way = list(steps(source, target, self._mesh))
-        later = _ready(node)
+        later = ready(node)
         while way:
             step = way.pop(0)
             axes = [step.axis]
@@ -84,9 +85,9 @@ class Resharding:
             piece = e.take(x, axes, *self._place(value, spec, step.target))
             # Some kernels of torch take saved statistics for contiguous without looking. State stays a view: updates write through it.
             written = self._is_written(value)
-            return _ready(piece if written else e.op(torch.ops.aten.contiguous.default, piece))
+            return ready(piece if written else e.op(torch.ops.aten.contiguous.default, piece))
         if step.kind == "zero":
-            return _ready(e.zero_unless_first(x, axes))
+            return ready(e.zero_unless_first(x, axes))
         kind = PARTIAL_NAME.get(step.source, "sum")
         if step.kind == "all_reduce":
             if bucket:
