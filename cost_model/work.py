@@ -239,7 +239,7 @@ OPS: dict[str, _Op] = {
         """native_layer_norm_backward native_group_norm_backward native_batch_norm_backward cudnn_batch_norm_backward batch_norm_backward
         _fused_rms_norm_backward""",
     ),
-    **_rows(_Op("softmax", None, 20.0), "_softmax _log_softmax logsumexp"),
+    **_rows(_Op("softmax", None, 20.0), "_softmax _log_softmax _safe_softmax logsumexp"),
     **_rows(_Op("softmax_backward", None, 8.0), "_softmax_backward_data _log_softmax_backward_data"),
     **{name: _Op("transcendental", None, float(cost)) for cost, names in _TRANSCENDENTAL.items() for name in names.split()},
     **_rows(_Op("pointwise"), _ELEMENTWISE),
