@@ -128,6 +128,13 @@ def test_of_several_plans_the_frontier_takes_the_best_by_the_objective() -> None
         assert trials.best(limits) is best
 
 
+@pytest.mark.parametrize("objective", ["time", "energy"])
+def test_a_plan_for_a_cluster_file_is_the_same_each_time(objective: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    machine(4).save(tmp_path / "cluster.json")
+    first, second = (plan_step(analysed(*SMALL), Cluster.load(tmp_path / "cluster.json"), objective=objective) for _ in range(2))
+    assert first.predicted == second.predicted and first.decisions == second.decisions and first.mesh == second.mesh
+
+
 @pytest.mark.parametrize("objective", ["speed", "", "Energy", None])
 def test_unknown_objectives_are_refused(objective: str | None) -> None:
     cluster = machine()
