@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opweave.compiler import problem_io
-from opweave.compiler.solver import Solution, solve
+from opweave.compiler.solver import Solution, nothing_printed, solve
 
 ANYTIME_S = 10.0
 DEFAULT_LIMIT_S = 60.0
@@ -58,7 +58,8 @@ def run_instance(path: Path, name: str, limit_s: float, seed: int, best_known: i
     problem = problem_io.load(path)
     loaded = time.perf_counter() - started
     kept_back = min(MARGIN * limit_s + MARGIN_S, 0.3 * limit_s)
-    solution = solve(problem, time_limit_s=max(limit_s - loaded - kept_back, 0.01), gap=0.0, seed=seed)
+    with nothing_printed():
+        solution = solve(problem, time_limit_s=max(limit_s - loaded - kept_back, 0.01), gap=0.0, seed=seed)
     seconds = time.perf_counter() - started
     cost, feasible = score(path, solution.selection.tolist())
     return {

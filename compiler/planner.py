@@ -10,14 +10,10 @@ the same without prefetching, where nothing else fits. Meshes are taken best bou
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import re
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -329,25 +325,11 @@ def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
     return tuple(mesh)
 
 
-@contextlib.contextmanager
-def _nothing_printed() -> Iterator[None]:
-    """Without what HiGHS (as in ortools 9.15) prints on the process's standard output, which belongs to the caller's JSON."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
 def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = False) -> Solution:
     # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
-    from .solver import solve, warm_up
+    from .solver import nothing_printed, solve, warm_up
 
-    with _nothing_printed():
+    with nothing_printed():
         warm_up()
         return solve(problem, time_limit_s=time_limit_s, gap=PLACES_GAP if places else GAP)
 

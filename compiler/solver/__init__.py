@@ -4,7 +4,8 @@ if __name__ != "opweave.compiler.solver":
     # compiled kernels are cached with the names of their argument types: a second name for this package would break the cache for the first
     raise ImportError(f"this package is 'opweave.compiler.solver', not {__name__!r}; import it from the installed package opweave")
 
+from .quiet import nothing_printed
 from .solution import HistoryPoint, Solution
 from .solve import solve, warm_up
 
-__all__ = ["HistoryPoint", "Solution", "solve", "warm_up"]
+__all__ = ["HistoryPoint", "Solution", "nothing_printed", "solve", "warm_up"]

@@ -44,6 +44,40 @@ def _react(load, price, typical, rows, cum):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
+def apply_change(diff, lo, hi, load):  # type: ignore[no-untyped-def]
+    """Add the difference array to ``load`` over slots ``lo .. hi`` and clear it."""
+    run = 0.0
+    for k in range(lo, hi):
+        run += diff[k]
+        load[k] += run
+    diff[lo : hi + 1] = 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def move_forest(candidates, size, heat, cum, x, old, load, diff, stream, g, rows, flow, s):  # type: ignore[no-untyped-def]
+    """Solve a forest among the first ``size`` candidates with noise ``heat``; loads and streams follow. Returns its nodes' number and the
+    change of energy. ``old`` is work space."""
+    count = grow_forest(candidates, size, g, s)
+    for k in range(count):
+        old[k] = x[s.sequence[k]]
+        add_prices(s.sequence[k], cum, 1.0, g, rows, s.unary)
+    before = forest_energy(count, x, g, s)
+    forest_streams(count, x, -1.0, flow, g, s, stream)
+    solve_forest(count, x, heat, g, s)
+    change = forest_energy(count, x, g, s) - before
+    forest_streams(count, x, 1.0, flow, g, s, stream)
+    lo, hi = len(load), 0
+    for k in range(count):
+        v = s.sequence[k]
+        if x[v] != old[k]:
+            a, b = load_change(v, old[k], x[v], rows, diff)
+            lo, hi = min(lo, a), max(hi, b)
+    apply_change(diff, lo, hi, load)
+    clear_forest(count, s)
+    return count, change
+
+
+@numba.njit(cache=True, nogil=True)
 def anneal_blocks(sweeps, begin, total, hot, cold, x, price, best, state, g, rows, flow, s):  # type: ignore[no-untyped-def]
     """Sweeps ``begin .. begin + sweeps`` of a schedule of ``total``; ``state`` and ``best`` as in ``search.anneal``."""
     num, slots = len(x), len(price)
@@ -63,26 +97,7 @@ def anneal_blocks(sweeps, begin, total, hot, cold, x, price, best, state, g, row
                 best[:] = x
             size = grow_region(np.random.randint(num // 50 + 1, num // 5 + 2), 0, region, seen, stamp, g)
             stamp += 1
-            count = grow_forest(region, size, g, s)
-            for k in range(count):
-                old[k] = x[s.sequence[k]]
-                add_prices(s.sequence[k], cum, 1.0, g, rows, s.unary)
-            now -= forest_energy(count, x, g, s)
-            forest_streams(count, x, -1.0, flow, g, s, stream)
-            solve_forest(count, x, heat, g, s)
-            now += forest_energy(count, x, g, s)
-            forest_streams(count, x, 1.0, flow, g, s, stream)
-            lo, hi = slots, 0
-            for k in range(count):
-                v = s.sequence[k]
-                if x[v] != old[k]:
-                    a, b = load_change(v, old[k], x[v], rows, diff)
-                    lo, hi = min(lo, a), max(hi, b)
-            run = 0.0
-            for k in range(lo, hi):
-                run += diff[k]
-                load[k] += run
-            diff[lo : hi + 1] = 0.0
-            clear_forest(count, s)
+            count, change = move_forest(region, size, heat, cum, x, old, load, diff, stream, g, rows, flow, s)
+            now += change
             moved += count
     state[1] = now + beside(stream, flow)

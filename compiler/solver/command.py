@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import problem_io
+from .quiet import nothing_printed
 from .solution import HistoryPoint, Solution
 from .solve import solve
 
@@ -31,7 +32,8 @@ def solve_file(
     problem = problem_io.load(path)
     kept_back = min(0.02 * time_limit_s + 2.0, 0.3 * time_limit_s)  # for starting the process and the last steps
     remaining = max(time_limit_s - kept_back - (time.perf_counter() - started), 0.01)
-    solution = solve(problem, time_limit_s=remaining, gap=gap, seed=seed, progress=_live_line if progress else None)
+    with nothing_printed():
+        solution = solve(problem, time_limit_s=remaining, gap=gap, seed=seed, progress=_live_line if progress else None)
     if progress:
         sys.stderr.write("\n")
     answer = as_json(solution, time.perf_counter() - started)

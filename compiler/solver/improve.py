@@ -14,6 +14,7 @@ import numpy as np
 from .blocks import anneal_blocks
 from .forest import new_scratch
 from .graph import Flows, Graph, Rows
+from .kick import kick
 from .search import anneal, refine, set_seed
 
 
@@ -60,6 +61,16 @@ class Searcher:
     def settle(self, start: Incumbent, hot: float, moves: int, largest: int, deadline: float) -> Incumbent:
         """Annealing by regions only, close to ``start``."""
         return self._refine(start, ((moves, 1, largest, hot, hot * 1e-2), (moves // 4, 1, largest, 0.0, 0.0)), deadline)
+
+    def kicks(self, start: Incumbent, count: int, hot: float, deadline: float) -> Incumbent:
+        """``count`` forced changes at costly nodes, each kept if it is better. ``start`` must be feasible."""
+        set_seed(int(self.rng.integers(1 << 30)))
+        x, state, done = start.x.copy(), np.array([start.energy]), 0
+        while done < count and time.perf_counter() < deadline:
+            chunk = min(50, count - done)
+            kick(chunk, hot, x, start.price, state, *self.field)
+            done += chunk
+        return Incumbent(x, float(state[0]), start.price)
 
     def _refine(self, start: Incumbent, stages: tuple[tuple[int, int, int, float, float], ...], deadline: float) -> Incumbent:
         set_seed(int(self.rng.integers(1 << 30)))

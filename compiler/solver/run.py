@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .combine import Pool, combine
 from .exact import ExactResult, Mip
 from .forest import energy
 from .graph import build_flows
@@ -27,13 +28,26 @@ from .substitute import keep_strategies, substitute
 EXACT_ENTRIES = 150_000
 """Finite edge entries up to which the whole remainder goes to the exact solver."""
 
-QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 130, 400, 250, 2500
+QUICK_ITERATIONS, SECOND_ITERATIONS, ROUND_ITERATIONS, MOST_ITERATIONS = 130, 400, 250, 1500
 EXACT_ROUNDS = (3, 8)
 """Rounds after which fixing by bounds and the exact solver are tried again."""
 
 QUICK_MOVES = 4000
-HOT = (0.1, 0.3, 0.03, 1.0, 0.1, 0.03)
-"""Starting noise of successive cycles, in units of energy per node."""
+HOT = (0.1, 0.3, 0.03, 1.0)
+"""Starting noise of successive cycles from the best selection, in units of energy per node."""
+
+FRESH_HOT = 0.1
+"""The same for cycles from the prices of the bound."""
+
+CYCLE_STEPS, CYCLE_MOVES = 200, 15_000
+
+KICKS, KICK_HOT = 300, 0.03
+"""Forced changes after a cycle, and their noise in the same units."""
+
+COMBINE_FROM, COMBINE_S, COMBINE_SHARE = 4, 10.0, 0.1
+"""Recombination: new selections that make it worth while, most seconds, and most of the time left."""
+LEAST_GAP = 1e-5
+"""To which a recombination is solved."""
 
 Report = Callable[[], None]
 
@@ -90,6 +104,7 @@ class Run:
         self.infeasible = False
         self.settled = False  # the exact solver has finished: nothing more to find within the gap
         self.best: Incumbent | None = None
+        self.pool = Pool()
 
     def execute(self, work_limit: int | None) -> None:
         if self.model.num_nodes == 0:
@@ -186,6 +201,7 @@ class Run:
         if not math.isfinite(found.energy):
             return False
         self.offer(found.x)
+        self.pool.add(found.energy, found.x)
         if self.best is None or found.energy < self.best.energy:
             self.best = found
             return True
@@ -246,34 +262,64 @@ class Run:
 
     def improve(self, work_limit: int | None) -> None:
         """Rounds of two jobs until the deadline, the gap or the work limit."""
-        a, b = self.searchers
-        quick = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
+        quick = self._fresh()
         with ThreadPoolExecutor(max_workers=1) as pool:
             other = pool.submit(self.dual.run, SECOND_ITERATIONS, self.deadline)
-            self.take(a.cycle(quick, 0.3 * self.unit, 200, 15_000, self.deadline, blocks=True))
+            self.take(self.searchers[0].cycle(quick, 0.3 * self.unit, CYCLE_STEPS, CYCLE_MOVES, self.deadline, blocks=True))
             other.result()
             self.raise_bound(self.dual.bound)
             number = 0
             while not self.done() and (work_limit is None or number < work_limit):
-                self._round(number, pool, a, b)
+                self._round(number, pool)
                 number += 1
                 if number in EXACT_ROUNDS and not self.done() and self.exact_phase(0.3):
                     break
 
-    def _round(self, number: int, pool: ThreadPoolExecutor, a: Searcher, b: Searcher) -> None:
-        fresh = Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
-        ascend = number % 3 != 0 and self.dual.iterations < MOST_ITERATIONS
-        start = self.best if self.best is not None else fresh
-        hot = HOT[number % len(HOT)]
+    def _round(self, number: int, pool: ThreadPoolExecutor) -> None:
+        """Two jobs side by side: a cycle, and a recombination, more of the bound, or another cycle."""
+        a, b = self.searchers
         other: Future[Any]
-        if ascend:
+        if self.pool.fresh >= COMBINE_FROM:
+            now = time.perf_counter()
+            limit = min(now + COMBINE_S, now + COMBINE_SHARE * (self.deadline - now))
+            other = pool.submit(combine, self.model, self.pool.taken(), limit, max(self.gap / 4, LEAST_GAP), self.seed)
+            self.take(self._cycle(a, number))
+            self._take_combined(other.result())
+        elif self.dual.iterations < MOST_ITERATIONS:
+            start = self._fresh()
             other = pool.submit(self.dual.run, ROUND_ITERATIONS, self.deadline)
+            self.take(self._cycle(a, number, start))
+            other.result()
+            self.raise_bound(self.dual.bound)
         else:
-            anew = number < 6
-            heat = self.unit * HOT[(number + 3) % len(HOT)]
-            other = pool.submit(b.cycle, fresh if anew else start, heat, 400, 40_000, self.deadline, blocks=anew)
-        self.take(a.cycle(fresh if number == 0 else start, self.unit * hot, 400, 40_000, self.deadline))
-        result = other.result()
-        if result is not None:
-            self.take(result)
-        self.raise_bound(self.dual.bound)
+            other = pool.submit(self._cycle, b, number, self._fresh())
+            found = self._cycle(a, number)
+            self.take(other.result())
+            self.take(found)
+
+    def _take_combined(self, x: np.ndarray | None) -> None:
+        if x is None:
+            return
+        start = Incumbent(x, self.model.objective(x) - self.model.constant, self._prices())
+        found = self.searchers[0].descend(start, 4 * self.model.num_nodes, self.deadline)
+        self.take(self._kicked(self.searchers[0], found))
+
+    def _fresh(self) -> Incumbent:
+        """Rounding and prices of the bound."""
+        return Incumbent(self.dual.x.copy(), math.inf, self.dual.best_price.copy())
+
+    def _prices(self) -> np.ndarray:
+        return self.best.price if self.best is not None else self.dual.best_price.copy()
+
+    def _cycle(self, searcher: Searcher, number: int, fresh: Incumbent | None = None) -> Incumbent:
+        """A cycle from ``fresh``, or from the best selection, and kicks."""
+        if fresh is None and self.best is not None:
+            heat = HOT[number % len(HOT)] * self.unit
+            found = searcher.cycle(self.best, heat, CYCLE_STEPS, CYCLE_MOVES, self.deadline)
+        else:
+            heat = FRESH_HOT * self.unit
+            found = searcher.cycle(fresh or self._fresh(), heat, CYCLE_STEPS, CYCLE_MOVES, self.deadline, blocks=True)
+        return self._kicked(searcher, found)
+
+    def _kicked(self, searcher: Searcher, found: Incumbent) -> Incumbent:
+        return searcher.kicks(found, KICKS, KICK_HOT * self.unit, self.deadline) if math.isfinite(found.energy) else found
