@@ -8,7 +8,7 @@ waits on the host, and the next step begins with it, in the order in which the f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cost_model.cluster import Cluster
 from ..cost_model.simulate import COMPUTE
@@ -27,9 +27,12 @@ class _Update:
     seconds: float
 
 
-def deferrable(program: LocalProgram, line: Timeline, cluster: Cluster) -> frozenset[str]:
-    """Placeholders of the parameters whose update is better deferred. line: the program's timeline."""
-    updates, step_s = _updates(program, line, cluster)
+def deferrable(program: LocalProgram, line: Timeline, cluster: Cluster, step_s: float) -> frozenset[str]:
+    """Placeholders of the parameters whose update is better deferred. line: the program's timeline. step_s: what the step is expected to
+    take; where that is more than it computes, everything in it is taken to be so much later."""
+    updates, computing_s = _updates(program, line, cluster)
+    late = max(1.0, step_s / computing_s) if computing_s else 1.0
+    updates, step_s = [replace(update, released_s=late * update.released_s) for update in updates], late * computing_s
     deferred: frozenset[str] = frozenset()
     for _ in range(2):  # the second time knowing what the CPU begins with
         before = sum(update.seconds for update in updates if update.name in deferred)

@@ -250,7 +250,7 @@ class _Search:
         started = time.perf_counter()
         program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
         line = timeline(program, self.cluster, device="meta", ops=self.ops)
-        candidate.deferred = deferrable(program, line, self.cluster)
+        candidate.deferred = deferrable(program, line, self.cluster, candidate.solution.objective / (1 + self.busy_weight))
         if candidate.deferred:
             program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
             line = timeline(program, self.cluster, device="meta", ops=self.ops)
