@@ -301,8 +301,8 @@ def test_meshes(name, mesh, force, clip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("force", [None, "ddp", "zero1", "zero2", "zero3", "megatron_sp"])
-@pytest.mark.parametrize("name", ["opt-tiny", "gpt2-tiny", "resnet-tiny", "mixtral-tiny", "t5-tiny", "tied"])
+@pytest.mark.parametrize("force", [None, "zero1", "zero2", "zero3", "megatron_sp"])
+@pytest.mark.parametrize("name", ["opt-tiny", "gpt2-tiny", "resnet-tiny", "mixtral-tiny"])
 def test_every_recipe(name, force):
     model, batch = load(name)
     assert ow.verify(model, batch, ranks=(2, 2) if force is None else (2,), force=force, accumulate=2).holds
