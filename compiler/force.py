@@ -38,19 +38,22 @@ _WEIGHT_OPS = ("mm", "bmm", "addmm", "convolution", "embedding", "opweave::moe_m
 
 @dataclass(frozen=True, slots=True)
 class Quantities:
-    """Which atoms of the graph are the batch and which the sequence (ids of `FactorMap.class_ids`)."""
+    """Which atoms of the graph are the batch, which the sequence and which dims of parameters (ids of `FactorMap.class_ids`)."""
 
     batch: frozenset[int]
     sequence: frozenset[int]
     batch_size: int = 0
+    weights: frozenset[int] = frozenset()
 
 
 def quantities(step: StepGraph, factors: FactorMap) -> Quantities:
     """Batch: the first dim of the batch's tensors, where most of them agree on its size; sequence: the second of integer ones."""
     placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
-    tensors = [n for n, i in zip(placeholders, step.inputs, strict=True) if i.kind == "batch" and n.meta["val"].dim() > 0]
+    inputs = list(zip(placeholders, step.inputs, strict=True))
+    tensors = [n for n, i in inputs if i.kind == "batch" and n.meta["val"].dim() > 0]
+    weights = frozenset(atom for n, i in inputs if i.kind == "param" for atom in factors.class_ids(n))
     if not tensors:
-        return Quantities(frozenset(), frozenset())
+        return Quantities(frozenset(), frozenset(), weights=weights)
     size = Counter(int(n.meta["val"].shape[0]) for n in tensors).most_common(1)[0][0]
     batch: set[int] = set()
     sequence: set[int] = set()
@@ -60,7 +63,7 @@ def quantities(step: StepGraph, factors: FactorMap) -> Quantities:
                 batch.add(atom)
             elif dim == 1 and not n.meta["val"].is_floating_point():
                 sequence.add(atom)
-    return Quantities(frozenset(batch), frozenset(sequence), size)
+    return Quantities(frozenset(batch), frozenset(sequence), size, weights)
 
 
 def op_atom_ids(node: fx.Node, bound: BoundOp, factors: FactorMap) -> dict[int, int]:

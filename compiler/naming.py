@@ -49,8 +49,9 @@ def axis_name(graph: ChoiceGraph, choice: Choice, code: int, known: Quantities) 
         return "head"
     if "moe" in name:
         return "expert" if letter == "e" else "expert tensor"
-    in_result = any(r is not None and code in r for r in op.results)
-    return "column" if in_result else "row"
+    if not any(r is not None and code in r for r in op.results):
+        return "row"
+    return "column" if atom in known.weights else "sequence"  # of a batch whose tensors do not say which of their dims that is
 
 
 _WORDS = {

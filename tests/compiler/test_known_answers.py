@@ -97,6 +97,7 @@ def test_tight_memory_is_zero_3(dgx):
     whole = sum(p.numel() for p in model.parameters()) * 16
     plan = planned(model, batch, dgx, mesh=(8,), memory_limit=whole / 8 * 1.6)
     assert plan.patterns["ZeRO-3"] >= 16  # both large weights of every block
+    assert plan.patterns.get("data parallel", 0) + plan.patterns.get("sequence parallel", 0) == 16  # without attention these cost the same
     assert plan.predicted["peak_bytes"]["device"] <= whole / 8 * 1.6
     golden(plan, "zero3")
 
