@@ -78,6 +78,8 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 # the first, and 1.01 to 1.1 (plans that cost alike differ) with 0.08 of the memory.
 _FORMS = {AUTO: (_LOOSE, _Form(True, 0.98, 0.12), _Form(True, 0.94, 0.12), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
+# A step simulated this much above the next mesh's bound, which is more than usual, makes that mesh's program worth its time.
+_WORTH_ANOTHER_MESH = 0.1
 _NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step is not worth being lowered
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 
@@ -143,7 +145,7 @@ class _Search:
         loose = sorted(itertools.starmap(self._loose, self._recipes(meshes)), key=lambda m: m.bound_s)
         best: _Mesh | None = None
         for mesh in loose:
-            if best is not None and self._simulated(best) <= mesh.bound_s * (1 + _NO_BETTER):
+            if best is not None and self._simulated(best) <= mesh.bound_s * (1 + _WORTH_ANOTHER_MESH):
                 break
             self._tighten(mesh)
             if mesh.best is not None and (best is None or self._simulated(mesh) < self._simulated(best)):
