@@ -38,7 +38,7 @@ def run(what: str, name: str, force: str | None, mesh: tuple[int, ...], folder: 
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
     for row in sys.argv[1].split(","):
         name, force, mesh, share = row.split(":")
         place = (name, force or None, tuple(map(int, mesh.split("x"))), sys.argv[2])
