@@ -250,9 +250,10 @@ class _Search:
     def _scheduled(self, candidate: Candidate) -> Outcome:
         """Lower a candidate, schedule it within what memory it leaves, and see what that needs."""
         started = time.perf_counter()
+        expected_s = candidate.solution.objective / (1 + self.busy_weight)
         program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
         line = timeline(program, self.cluster, device="meta", ops=self.ops)
-        candidate.deferred = deferrable(program, line, self.cluster, candidate.solution.objective / (1 + self.busy_weight))
+        candidate.deferred = deferrable(program, line, self.cluster, expected_s)
         if candidate.deferred:
             program = lower(self.analysis.step, self.analysis.factors, candidate.assignment(), device="meta")
             line = timeline(program, self.cluster, device="meta", ops=self.ops)
@@ -261,7 +262,7 @@ class _Search:
         for _ in range(_MAX_SCHEDULES):
             if memory.peak_bytes > self.limits[DEVICE]:
                 break  # too much as it is
-            moves = schedule(program, line, self.cluster, room)
+            moves = schedule(program, line, self.cluster, room, expected_s)
             back = move(program.graph, moves)
             scheduled = self._needed(program) if moves else memory
             if scheduled.peak_bytes <= self.limits[DEVICE]:

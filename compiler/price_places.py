@@ -293,7 +293,8 @@ class PlacePricer:
         for tier in self._tiers:
             out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
         if HOST in self._tiers and self._cluster.device.kind != "cpu":
-            out.append(StatePlace(HOST, HOST, HOST, cast=cast))
+            out.append(StatePlace(HOST, HOST, HOST))  # takes less of the host than with a narrow form, and more of the link
+            out += [StatePlace(HOST, HOST, HOST, cast=True)] * cast
         return self._allowed.of_state(out)
 
     def _param(self, param: fx.Node, op: fx.Node) -> None:
@@ -333,12 +334,13 @@ class PlacePricer:
         self, op: fx.Node, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray
     ) -> tuple[_Seconds, np.ndarray | float]:
         """(seconds per option, seconds that nothing hides): parameters come in for every forward and backward pass, and once more for a
-        late update; of their narrow form the fetches for the backward pass are in an edge (`_fetched_again`). Behind several micro-batches
-        there is no computation left to hide anything; streams run side by side."""
+        late update; where they are cast for their readers, fetches for the backward pass are in an edge (`_fetched_again`). Behind several
+        micro-batches there is no computation left to hide anything; streams run side by side."""
         during = _Seconds()
         behind = during if self._num_runs == 1 else _Seconds()
         summed_on_host = _summed_on_host(options)
         narrow = self._narrow_share(tensor_args(op)[0], [pl for _, pl in options])
+        is_cast = tensor_args(op)[0] in self.uses.casts
         deferrable = self._narrow_gradient(op) and (narrow < 1)
         for tier in self._tiers:
             p_off = np.array([pl.param == tier for _, pl in options])
@@ -348,7 +350,7 @@ class PlacePricer:
             gradient = self._copy_s(tier, "out", p_bytes * np.where(deferrable, narrow, 1.0) * on_cpu)
             part = self._copy_s(tier, "out", p_bytes * self._sent_share(op) * on_cpu)
             during.add(STREAMS[tier, "in"], FWD, self._num_runs * fetched)
-            during.add(STREAMS[tier, "in"], BWD, self._num_runs * fetched * (narrow == 1))
+            during.add(STREAMS[tier, "in"], BWD, self._num_runs * fetched * ~(on_cpu & is_cast))
             during.add(STREAMS[tier, "out"], BWD, self._num_runs * part * summed_on_host)
             behind.add(STREAMS[tier, "in"], BWD, (op not in self.due) * fetched * ~on_cpu + self._copy_s(tier, "in", s_bytes * s_off))
             behind.add(STREAMS[tier, "out"], BWD, self._copy_s(tier, "out", s_bytes * s_off) + gradient * ~summed_on_host)
@@ -379,13 +381,15 @@ class PlacePricer:
         return math.prod(self._graph.mesh) == 1 and self.uses.narrow_gradient(op) is not None
 
     def _fetched_again(self, param: fx.Node, cast: fx.Node) -> None:
-        """An edge: the narrow form of a parameter, thrown away behind the forward pass, is fetched again for the backward pass."""
+        """An edge: the narrow form of a parameter, thrown away behind the forward pass, is fetched again for the backward pass, or the
+        parameter to make it from where the CPU updates that."""
         node, unit = self._nodes[param], self._nodes.get(cast)
         places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
-        fetched = np.array([place.cast for place in places])
+        fetched = np.array([place.update == HOST for place in places])
         if unit is None or not fetched.any():
             return
-        num_bytes = cast.meta["val"].numel() * cast.meta["val"].element_size() / _pieces(node.options, _STORED) * fetched
+        wide = param.meta["val"].numel() * param.meta["val"].element_size() / _pieces(node.options, _STORED)
+        num_bytes = wide * self._narrow_share(param, places) * fetched
         seconds = _Seconds()
         again = self._num_runs * _is(unit.options, RECOMPUTE)[:, None]
         seconds.add(STREAMS[HOST, "in"], BWD, again * self._copy_s(HOST, "in", num_bytes)[None, :])

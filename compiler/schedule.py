@@ -127,12 +127,14 @@ def _is_stored(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-def schedule(program: LocalProgram, line: Timeline, cluster: Cluster, limit_bytes: float) -> Moves:
-    """The moves for a program as lowered, with its timeline (see the module docstring). Nothing is changed."""
+def schedule(program: LocalProgram, line: Timeline, cluster: Cluster, limit_bytes: float, step_s: float = 0.0) -> Moves:
+    """The moves for a program as lowered, with its timeline (see the module docstring). step_s: what the step is expected to take; where
+    copies make that more than it computes, all times are so much longer. Nothing is changed."""
     items = {item.name: item for item in line.instructions}
     nodes = [n for n in program.graph.nodes if n.op != "placeholder"]
     price = {n: items[n.name] for n in nodes if n.name in items}
     seconds = [price[n].seconds if n in price and price[n].stream == COMPUTE else 0.0 for n in nodes]
+    seconds = (np.array(seconds) * max(1.0, step_s / max(sum(seconds), 1e-12))).tolist()
     clock = np.concatenate([[0.0], np.cumsum(seconds)])[:-1].tolist()
     used = _used_bytes(nodes, price, sum(buffer.num_bytes for buffer in line.resident))
     gathers = cluster.overlap > 0 and any(item.stream == COLLECTIVES for item in line.instructions)
