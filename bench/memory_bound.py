@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ortools.linear_solver import pywraplp
+
 from opweave.cost_model.cluster import Cluster
 from opweave.cost_model.transfers import cpu_update_seconds, device_update_seconds, transfer_coefficients
-from ortools.linear_solver import pywraplp
 
 
 @dataclass(frozen=True, slots=True)

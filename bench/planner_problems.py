@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import opweave as ow
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler import solver
 from opweave.compiler.problem import SelectionProblem

@@ -10,10 +10,11 @@ with the plain model in float64.
 
 from __future__ import annotations
 
-import opweave as ow
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import opweave as ow
 
 EPS = 1e-6
 

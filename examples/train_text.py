@@ -21,12 +21,13 @@ from datetime import timedelta
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import opweave as ow
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+import opweave as ow
 
 try:
     from transformers import GPT2Config, GPT2LMHeadModel, logging

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from opweave.compiler import rule_table
 
 ROOT = Path(__file__).parents[1]

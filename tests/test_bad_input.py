@@ -32,13 +32,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import opweave as ow
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import opweave as ow
 from opweave import zoo
 from opweave.runtime import checkpoint
-from torch import nn
 
 MESH_TEXT = "give devices per axis as a tuple of positive whole numbers, e.g. (2,) or (2, 4)"
 LOSS_TEXT = "pass `loss_fn=lambda model, batch: ...` that returns a scalar loss"

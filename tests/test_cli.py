@@ -5,15 +5,16 @@ import json
 import sys
 import types
 
-import opweave.compiler
 import pytest
+from typer.testing import CliRunner
+
+import opweave.compiler
 from opweave import cli, zoo
 from opweave.cli_tables import bytes_text, cell, plain, seconds_text
 from opweave.compiler import timeline
 from opweave.compiler.plan import Decision, Plan
 from opweave.compiler.verify import VerificationError
 from opweave.cost_model import journal
-from typer.testing import CliRunner
 
 
 def _plan(mesh=(2, 4), layout="b on 0"):

@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
 from opweave import cli
 from opweave.cli_memory import materialised
 from opweave.measured_run import exceeded
-from typer.testing import CliRunner
 
 TIGHT = "device=110000,disk=1GB"
 

@@ -3,11 +3,12 @@
 import itertools
 import json
 
-import opweave as ow
 import pytest
 import torch
-from opweave import cli, comparison, zoo
 from typer.testing import CliRunner
+
+import opweave as ow
+from opweave import cli, comparison, zoo
 
 
 def run(*args):

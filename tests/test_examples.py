@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import opweave as ow
 import pytest
+
+import opweave as ow
 from opweave.bench import experts, peers
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from opweave.bench import gpu_offload
 from opweave.bench.gpu_offload import OURS, UNCAPPED, NotAvailableError, Turn
 from opweave.compiler.plan import Plan

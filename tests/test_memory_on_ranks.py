@@ -7,9 +7,10 @@ jobs, by `memory_worker`.
 import math
 from pathlib import Path
 
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from opweave.bench import gpu_calibration, prediction, prediction_models, prediction_summary, two_hosts
 from opweave.bench.prediction_summary import Row
 from opweave.cost_model.cluster import Cluster

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import opweave as ow
 import pytest
 from safetensors.torch import load_file
+
+import opweave as ow
 
 from .workers.step_worker import adamw, load, plain, values, worst
 

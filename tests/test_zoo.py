@@ -6,8 +6,9 @@ import types
 
 import pytest
 import torch
-from opweave import zoo
 from torch import nn
+
+from opweave import zoo
 
 TINY = [name for name in zoo.names() if name.endswith("-tiny")]
 

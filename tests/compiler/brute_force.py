@@ -6,6 +6,8 @@ import math
 import operator
 
 import torch
+from torch import fx
+
 from opweave.compiler.analyse import analyse
 from opweave.compiler.factors import result_values
 from opweave.compiler.lower import Assignment, Lowering
@@ -14,7 +16,6 @@ from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, unravel
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 
 def interpret(step, inputs):

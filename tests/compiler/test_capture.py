@@ -7,12 +7,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx, nn
+
 from opweave import zoo
 from opweave.compiler.capture import capture, default_loss
 from opweave.compiler.capture_errors import CaptureError
 from opweave.compiler.capture_tree import batch_tensors
 from opweave.compiler.step_graph import StepGraph
-from torch import fx, nn
 
 TINY = [name for name in zoo.names() if name.endswith("-tiny")]
 MOE = ("mixtral-tiny", "qwen3-moe-tiny")

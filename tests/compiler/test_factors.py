@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.factors import _Classes, _match_view
 from opweave.compiler.rule_table import op_name
-from torch import nn
 
 
 def analysis_of(model, batch):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture

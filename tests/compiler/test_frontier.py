@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+
 from opweave import zoo
 from opweave.compiler import frontier as module
 from opweave.compiler.frontier import Trials, frontier, smallest

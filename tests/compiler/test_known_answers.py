@@ -6,12 +6,13 @@ import dataclasses
 import os
 import pathlib
 
-import opweave as ow
 import pytest
 import torch
-from opweave.cost_model.cluster import Cluster
 from torch import nn
 from torch.nn import functional as F
+
+import opweave as ow
+from opweave.cost_model.cluster import Cluster
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

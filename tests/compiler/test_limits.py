@@ -1,6 +1,7 @@
 """Memory limits as users write them."""
 
 import pytest
+
 from opweave.compiler.limits import limits_text, memory_limits, size_text
 from opweave.cost_model.cluster import Cluster
 

@@ -6,9 +6,10 @@ The executor stops a step that exceeds its limit, so a run that ends has kept it
 import functools
 import random
 
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture

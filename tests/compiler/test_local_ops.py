@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.planner import plan_step
 from opweave.compiler.verify import _lockstep, _pretend_cluster
-from torch import nn
-from torch.nn import functional as F
 
 WORDS = 16
 

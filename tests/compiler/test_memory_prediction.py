@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import re
 
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.planner import DoesNotFitError
 from opweave.cost_model.cluster import Cluster

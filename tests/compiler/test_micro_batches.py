@@ -14,11 +14,13 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import opweave as ow
 import pytest
 import test_parity as parity
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture, default_loss
@@ -42,7 +44,6 @@ from opweave.runtime.groups import AxisGroups
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.sharding import unravel
 from opweave.runtime.state import ProgramState
-from torch import nn
 
 STEPS = 3
 ONE = "cpu:1"

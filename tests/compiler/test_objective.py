@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import json
 
-import opweave as ow
 import pytest
 import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import opweave as ow
 from opweave import cli
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture
@@ -17,8 +20,6 @@ from opweave.compiler.limits import memory_limits
 from opweave.compiler.planner import plan_step
 from opweave.cost_model.cluster import Cluster, ClusterError, Disk, Link
 from opweave.cost_model.energy import step_joules, step_price
-from torch import nn
-from typer.testing import CliRunner
 
 
 class Blocks(nn.Module):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from opweave.compiler.defer import _left, _Update
 from opweave.compiler.overlap import BWD, CPU, FWD, Overlap
 from opweave.compiler.problem import ProblemBuilder

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import opweave as ow
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture, default_loss
@@ -37,7 +39,6 @@ from opweave.cost_model.cluster import Cluster, Link
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.sharding import unravel
 from opweave.runtime.state import ProgramState
-from torch import nn
 
 TOLERANCE = 1e-10
 STEPS = 3

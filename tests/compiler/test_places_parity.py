@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from opweave import zoo
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture
@@ -32,7 +34,6 @@ from opweave.runtime.memory import MemoryReport
 from opweave.runtime.program import LocalProgram
 from opweave.runtime.sharding import unravel
 from opweave.runtime.state import ProgramState
-from torch import nn
 
 STEPS = 3
 FAMILIES = [name for name in zoo.names() if name.endswith("-tiny")]

@@ -3,9 +3,10 @@
 import json
 import os
 
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.plan import Decision, Plan
 from opweave.compiler.verify import verify

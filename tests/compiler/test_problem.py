@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from opweave.compiler import problem_io
 from opweave.compiler.problem import FORBIDDEN, ProblemBuilder, SelectionProblem
 from opweave.compiler.problem_io import from_contest, to_contest

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
+
 from opweave.compiler.factors import FactorMap
 from opweave.compiler.layout import PARTIAL, REPLICATED, fits, is_partial, spec_of
 from opweave.compiler.lower import Assignment, Lowering
@@ -16,7 +18,6 @@ from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, unravel
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 ATOMS = (8, 8, 8)
 MESHES = [(2,), (4,), (2, 2), (2, 4), (2, 2, 2)]

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import itertools
 
-import opweave as ow
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import opweave as ow
 from opweave.compiler.analyse import Analysis, analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.lower_updates import due_after, needed_again
@@ -19,7 +21,6 @@ from opweave.compiler.residency import ON_DEVICE, RECOMPUTE, StatePlace, Uses, r
 from opweave.compiler.rule import tensor_args
 from opweave.compiler.rule_table import op_name
 from opweave.cost_model.cluster import Cluster, Disk, Link
-from torch import nn
 
 
 class Block(nn.Module):

@@ -6,9 +6,10 @@ import os
 import pathlib
 
 import brute_force as bf
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture

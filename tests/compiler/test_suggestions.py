@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from opweave import zoo
 from opweave.compiler.api import plan
 from opweave.compiler.planner import DoesNotFitError

@@ -1,6 +1,7 @@
 """Limits for the problem follow from what programs need and what the problem refuses."""
 
 import pytest
+
 from opweave.compiler.tighten import Tightening, excess
 from opweave.runtime.memory import MemoryReport
 

@@ -2,9 +2,10 @@
 
 import math
 
-import opweave as ow
 import pytest
 import torch
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler import api
 from opweave.compiler.analyse import analyse

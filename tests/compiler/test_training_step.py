@@ -4,13 +4,14 @@ import copy
 import subprocess
 import sys
 
-import opweave as ow
 import pytest
 import torch
 import torch.nn.functional as F
-from opweave import zoo
 from safetensors.torch import load_file
 from torch import nn
+
+import opweave as ow
+from opweave import zoo
 
 
 class Tied(nn.Module):

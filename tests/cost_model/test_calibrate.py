@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+
 from opweave.cost_model import calibrate as calibration
 from opweave.cost_model import journal, measure
 from opweave.cost_model.calibrate import Options

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+
 from opweave.cost_model.cluster import Cluster, ClusterError, Device, constants, preset_names
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from opweave.cost_model.cluster import Link
 from opweave.cost_model.collectives import KINDS, collective_coefficients, collective_seconds, is_measured
 

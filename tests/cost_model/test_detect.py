@@ -1,6 +1,7 @@
 """Links from measurements on a machine that may be busy."""
 
 import pytest
+
 from opweave.cost_model.detect import all_reduce_link
 
 

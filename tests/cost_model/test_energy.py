@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from opweave.cost_model.cluster import Cluster, ClusterError
 from opweave.cost_model.energy import busy_weight, check, step_joules, step_price
 

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from opweave.cost_model import fit
 from opweave.cost_model.cluster import Cluster, ClusterError
 from opweave.cost_model.fit_cluster import corrected

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from opweave.cost_model.cluster import Cluster
 from opweave.cost_model.kernels import ideal_seconds, is_measured, kernel_seconds, work_seconds
 from opweave.cost_model.work import OP_CLASSES, Work, op_work

@@ -5,6 +5,7 @@ import random
 import time
 
 import pytest
+
 from opweave.cost_model.simulate import Buffer, Instruction, chrome_trace, seconds_per_class, simulate
 
 

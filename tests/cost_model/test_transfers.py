@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from opweave.cost_model.cluster import Cluster
 from opweave.cost_model.transfers import cpu_update_seconds, device_update_seconds, transfer_coefficients, transfer_seconds
 

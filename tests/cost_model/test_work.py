@@ -3,6 +3,7 @@
 import timeit
 
 import pytest
+
 from opweave.cost_model.work import NO_WORK, OP_CLASSES, OPS, class_of, is_known, op_work
 
 

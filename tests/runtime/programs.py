@@ -4,6 +4,8 @@ import operator
 from dataclasses import replace
 
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime import update
 from opweave.runtime.execute import Executor
@@ -11,7 +13,6 @@ from opweave.runtime.groups import AxisGroups
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, replicated
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 aten = torch.ops.aten
 

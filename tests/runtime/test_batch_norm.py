@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from opweave.runtime.batch_norm import channel_moments
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opweave.runtime import collectives as co
 from opweave.runtime import lockstep as ls
 from opweave.runtime.groups import group_ranks

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+
 from opweave.runtime import cuda_copies
 from opweave.runtime.cuda_copies import PAGE_BYTES, PinnedPool
 from opweave.runtime.disk import TierError

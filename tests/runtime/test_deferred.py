@@ -4,6 +4,8 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import tiers, update
 from opweave.runtime.execute import Executor, check_updates_last
 from opweave.runtime.groups import AxisGroups
@@ -11,7 +13,6 @@ from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
 from opweave.runtime.tiers import TierStore
-from torch import fx
 
 from .programs import optimizer_of
 from .test_state import alone

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opweave.runtime import copies, disk
 from opweave.runtime.copies import chunks_of, memory_of
 from opweave.runtime.disk import ALIGN_BYTES, DiskFile, Extents, TierError, checksum

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime.dry_run import dry_run
 from opweave.runtime.execute import Executor
@@ -12,7 +14,6 @@ from opweave.runtime.groups import PaperGroups
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 from .programs import Linear, batches, linear_program, optimizer_of, trained
 

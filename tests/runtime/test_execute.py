@@ -5,6 +5,8 @@ import weakref
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime import update
 from opweave.runtime.execute import Executor, check_updates_last, program_axes, write
@@ -13,7 +15,6 @@ from opweave.runtime.memory import MemoryLimitError
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 from .launch import launch
 from .programs import Linear, aten, batches, linear_program, optimizer_of

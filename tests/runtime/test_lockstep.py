@@ -4,6 +4,8 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import AxisGroups
@@ -11,7 +13,6 @@ from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, replicated, unravel
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 from .programs import Linear, aten, batches, linear_program, optimizer_of
 

@@ -4,6 +4,8 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import micro_batches, tiers
 from opweave.runtime.dry_run import dry_run
 from opweave.runtime.execute import Executor
@@ -13,7 +15,6 @@ from opweave.runtime.profile import record
 from opweave.runtime.program import LocalProgram, Port, shard_inputs
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 aten = torch.ops.aten
 MESH = (1,)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from opweave.runtime import attention, moe, ops, random
 from opweave.runtime.sharding import ShardSpec, unravel
 

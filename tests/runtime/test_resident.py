@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from opweave.runtime import resident
 from opweave.runtime.resident import resident_bytes
 

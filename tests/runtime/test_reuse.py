@@ -4,13 +4,14 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime import update
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.reuse import gathers_in_place
 from opweave.runtime.sharding import ShardSpec, replicated
 from opweave.runtime.state import ProgramState
-from torch import fx
 
 from .programs import Linear, aten, linear_program
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
+
 from opweave.runtime.program import LocalProgram, Port, shard_inputs
 from opweave.runtime.sharding import ShardSpec, replicated, unravel
-from torch import fx
 
 
 @st.composite

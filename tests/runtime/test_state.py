@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
 from opweave.runtime import checkpoint
 from opweave.runtime import collectives as co
 from opweave.runtime import lockstep as ls
@@ -15,8 +18,6 @@ from opweave.runtime.groups import AxisGroups, group_ranks
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, replicated, unravel
 from opweave.runtime.state import CheckpointError, ProgramState
-from safetensors.torch import load_file, save_file
-from torch import fx, nn
 
 from .launch import launch
 from .programs import Linear, batches, linear_program, optimizer_of, stored_on, trained

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from opweave.runtime.state import CheckpointError, ProgramState
 from opweave.runtime.tiers import Parked, TierStore
-from safetensors.torch import load_file, save_file
 
 from .programs import Linear, batches, linear_program, optimizer_of, stored_on, trained
 from .test_state import Tied, alone, tied_program

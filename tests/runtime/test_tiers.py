@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
+
 from opweave.runtime import copies, tiers, update
 from opweave.runtime.copies import memory_of
 from opweave.runtime.dry_run import dry_run
@@ -20,7 +22,6 @@ from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import replicated
 from opweave.runtime.state import ProgramState
 from opweave.runtime.tiers import TierError, TierOptions, TierStore, arrive, settle
-from torch import fx
 
 from .programs import aten, batches, optimizer_of
 from .tier_programs import Chain, chain_program

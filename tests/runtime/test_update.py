@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from opweave.runtime.update import Updater, fused_update, state_slots
 
 CASES = [

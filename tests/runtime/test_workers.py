@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+
 from opweave.runtime.workers import Workers
 
 

@@ -3,11 +3,12 @@
 import operator
 
 import torch
+from torch import fx
+
 from opweave.runtime import collectives as co
 from opweave.runtime import tiers, update
 from opweave.runtime.program import LocalProgram, Port
 from opweave.runtime.sharding import ShardSpec, replicated
-from torch import fx
 
 aten = torch.ops.aten
 

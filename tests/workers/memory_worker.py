@@ -9,9 +9,10 @@ import os
 import sys
 from datetime import timedelta
 
-import opweave as ow
 import torch
 import torch.distributed as dist
+
+import opweave as ow
 from opweave import zoo
 
 

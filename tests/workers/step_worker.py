@@ -9,13 +9,14 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import opweave as ow
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+
+import opweave as ow
 from opweave import zoo
 from opweave.compiler.capture import default_loss
 from opweave.runtime.groups import AgreementError, GroupError
-from safetensors.torch import load_file
 
 TOLERANCE = 1e-5
 # What a step adds to a weight depends on the sign of noise where a gradient is zero but for rounding; eps keeps that small.

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 
 

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+
 from opweave.compiler.solver.lagrange import Dual
 from opweave.compiler.solver.model import from_problem
 from opweave.compiler.solver.presolve import presolve
-
 from tests.compiler.solver.problems import model_optimum, random_problem
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 

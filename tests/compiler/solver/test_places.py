@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opweave.compiler.problem import FORBIDDEN, ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 from opweave.compiler.solver.model import from_problem

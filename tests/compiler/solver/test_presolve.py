@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opweave.compiler.solver.model import Model, from_problem
 from opweave.compiler.solver.presolve import presolve
 from opweave.compiler.solver.reduce import (
@@ -19,7 +20,6 @@ from opweave.compiler.solver.reduce import (
     tied_parents,
 )
 from opweave.compiler.solver.substitute import bind, drop_slots, keep_strategies, substitute
-
 from tests.compiler.solver.problems import brute_force, model_optimum, random_problem
 
 SEEDS = range(120)

@@ -5,13 +5,13 @@ import math
 import time
 
 import numpy as np
+
 from opweave.compiler.solver.combine import Pool, combine
 from opweave.compiler.solver.forest import clear_forest, energy, grow_forest, new_scratch, solve_forest
 from opweave.compiler.solver.graph import build_flows, build_graph, build_rows
 from opweave.compiler.solver.improve import Incumbent, Searcher
 from opweave.compiler.solver.memory import fill_loads, load_change
 from opweave.compiler.solver.model import from_problem
-
 from tests.compiler.solver.problems import random_problem
 
 

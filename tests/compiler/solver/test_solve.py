@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opweave.compiler import problem_io
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
 from opweave.compiler.solver import solve
 from opweave.compiler.solver.command import solve_file
 from opweave.compiler.solver.solve import ENGINES
-
 from tests.compiler.solver.problems import brute_force, random_problem
 
 

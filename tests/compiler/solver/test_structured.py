@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from opweave.compiler.problem import FORBIDDEN, SelectionProblem
 from opweave.compiler.solver import solve, structured
 from opweave.compiler.solver.chain_dual import Dual, Point

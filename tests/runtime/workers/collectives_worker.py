@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
 from opweave.runtime import collectives as co
 from opweave.runtime import lockstep as ls
 from opweave.runtime.communicator import Communicator, DirectTransport

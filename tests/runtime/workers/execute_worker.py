@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from opweave.runtime.collectives import CommunicationError
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import AgreementError, AxisGroups, GroupError

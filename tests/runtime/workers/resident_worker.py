@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import AxisGroups
 from opweave.runtime.resident import measure_resident_peak, resident_bytes, return_freed_memory

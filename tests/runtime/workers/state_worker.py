@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import fx, nn
+
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import AxisGroups
 from opweave.runtime.program import LocalProgram, Port, shard_inputs
 from opweave.runtime.sharding import ShardSpec
 from opweave.runtime.state import CheckpointError, ProgramState
-from torch import fx, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from programs import Linear, batches, linear_program, optimizer_of, stored_on
