@@ -80,6 +80,8 @@ _FORMS = {AUTO: (_LOOSE, _Form(True, 0.98, 0.12), _Form(True, 0.94, 0.12), _FULL
 _MAX_SCHEDULES = 3
 # A step simulated this much above the next mesh's bound, which is more than usual, makes that mesh's program worth its time.
 _WORTH_ANOTHER_MESH = 0.1
+# With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
+_ENOUGH_S = 20.0
 _NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step is not worth being lowered
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 
@@ -126,7 +128,8 @@ class _Mesh:
 
 @dataclass(slots=True)
 class _Search:
-    """The search over meshes and forms. busy_weight: what a second of computing counts beside one of the step, see `cost_model.energy`."""
+    """The search over meshes and forms. busy_weight: what a second of computing counts beside one of the step, see `cost_model.energy`.
+    best_s: the simulated objective of the best plan so far."""
 
     analysis: Analysis
     cluster: Cluster
@@ -139,17 +142,18 @@ class _Search:
     found: list[Candidate] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     ops: MetaOps = field(default_factory=MetaOps)
+    best_s: float = math.inf
 
     def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, Outcome]:
         """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
         loose = sorted(itertools.starmap(self._loose, self._recipes(meshes)), key=lambda m: m.bound_s)
         best: _Mesh | None = None
         for mesh in loose:
-            if best is not None and self._simulated(best) <= mesh.bound_s * (1 + _WORTH_ANOTHER_MESH):
+            if self.best_s <= mesh.bound_s * (1 + _WORTH_ANOTHER_MESH) or self._has_searched_enough():
                 break
             self._tighten(mesh)
             if mesh.best is not None and (best is None or self._simulated(mesh) < self._simulated(best)):
-                best = mesh
+                best, self.best_s = mesh, self._simulated(mesh)
         if best is None:
             raise DoesNotFitError(f"{_head(self.analysis, self.cluster, self.limits)}. {'; '.join(self.refused)}. {_WAYS_OUT}")
         assert best.best is not None and best.outcome is not None, "a mesh was chosen without a plan"
@@ -188,14 +192,20 @@ class _Search:
                 return
         forms = _FORMS.get(self.places, _FORMS[AUTO][2:])  # recipes leave little to choose
         for form in forms:
-            if self._is_worth_solving(form, mesh):
+            if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])
+
+    def _has_searched_enough(self) -> bool:
+        """Whether there is a plan and further ones are no longer worth the time."""
+        return math.isfinite(self.best_s) and sum(self.times.values()) > _ENOUGH_S
 
     def _is_worth_solving(self, form: _Form, mesh: _Mesh) -> bool:
         """Whether a form of the problem may have a plan, or a better one, than those before it. Without prefetching more fits than
         otherwise."""
         if mesh.best is None:
             return True
+        if self._simulated(mesh) <= mesh.bound_s * (1 + _NO_BETTER):
+            return False
         return form is not _LEAN and (mesh.best.with_places or mesh.best.solution.objective > mesh.bound_s * (1 + GAP))
 
     def _fit(self, mesh: _Mesh, form: _Form, *, is_last: bool) -> None:
@@ -214,13 +224,14 @@ class _Search:
                 if explains and tight.problem_refuses():
                     continue
                 break
-            if candidate.solution.lower_bound >= self._simulated(mesh) * (1 - _NO_BETTER):
+            if candidate.solution.lower_bound >= min(self._simulated(mesh), self.best_s) * (1 - _NO_BETTER):
                 return
             outcome = self._try(candidate)
             if not excess(outcome.memory.pools, self.limits):
                 if mesh.outcome is None or self._objective(outcome.simulation) < self._objective(mesh.outcome.simulation):
                     mesh.best, mesh.outcome = candidate, outcome
                     self.found.append(candidate)
+                    self.best_s = min(self.best_s, self._simulated(mesh))
                 return
             if not tight.program_exceeds(outcome.memory, candidate.expected_peaks()):
                 break
@@ -241,7 +252,8 @@ class _Search:
         outcome = self._scheduled(candidate)
         for share in _SMALLER_BUCKETS:
             packed = [num_bytes for name, num_bytes in outcome.memory.owners if "_bucket" in name]
-            if not packed or outcome.memory.peak_bytes <= self.limits[DEVICE]:
+            too_many = outcome.memory.peak_bytes - self.limits[DEVICE]
+            if too_many <= 0 or too_many > 4 * max(packed, default=0):
                 break
             candidate.bucket_bytes = int(share * max(packed))
             outcome = self._scheduled(candidate)
