@@ -166,8 +166,9 @@ def summary(rows: list[Row]) -> str:
     cheaper = sum(ratio < 1 - GAP for ratio in ratios)
     above = sum(not row["holds"] for row in rows)
     return (
-        f"Of {len(rows)} rows, {len(ratios)} have a recipe that fits. The solver's plan is cheaper than the best one in {cheaper}, "
-        f"by up to {1 - ratios[0]:.1%} (median {1 - ratios[len(ratios) // 2]:.1%}); it costs more in {above or 'none'}.\n"
+        f"Of {len(rows)} rows, {len(ratios)} have a recipe that fits. The solver's plan is cheaper than the best one in "
+        f"{cheaper or 'none'}; it costs more in {above or 'none'}. Its time over that of the best recipe: {ratios[0]:.3f} to "
+        f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}.\n"
     )
 
 
@@ -201,7 +202,9 @@ _HEAD = """# The solver against the experts' recipes
 
 Predicted step times by one cost model with datasheet constants, AdamW, batches a user would fine-tune with; made by
 `python -m bench.experts -o docs/experts.md`. A recipe is the best of its plans over all meshes. Both sides keep everything on the
-devices and compute nothing twice: this is about sharding alone, [memory.md](memory.md) is about the rest. "second best recipe": its
+devices and compute nothing twice: this is about sharding alone, [memory.md](memory.md) is about the rest. Times are those of the
+simulated programs. The solver minimises the sum of costs, in which what can hide is hidden; where the simulation hides less, a recipe
+may be faster than the solver's plan. That is open. "second best recipe": its
 name and the solver's time over its. "none fits": no recipe stays within the memory. The command goes on with the rows that are not
 priced yet.
 
