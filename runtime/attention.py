@@ -16,7 +16,6 @@ BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool is_causal, float scale)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_LSE_ALIGNMENT = 32  # the memory-efficient kernel pads rows of lse to this
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

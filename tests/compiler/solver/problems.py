@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from opweave.compiler.problem import ProblemBuilder, SelectionProblem
+from opweave.compiler.solver import solve
 
 
 def random_problem(seed: int, *, most_nodes: int = 6, tight: bool = True) -> SelectionProblem:
@@ -42,6 +43,21 @@ def brute_force(problem: SelectionProblem) -> float:
         if result.feasible:
             best = min(best, result.objective)
     return best
+
+
+def check_proof(problem: SelectionProblem, engine: str, *, gap: float = 1e-6) -> str:
+    """An engine alone proves the optimum, or that there is none; the status."""
+    problem.verify()
+    best = brute_force(problem)
+    answer = solve(problem, gap=gap, time_limit_s=60.0, engine=engine)
+    if best == math.inf:
+        assert answer.status == "infeasible" and answer.reason
+        return answer.status
+    assert answer.status == "optimal"
+    assert problem.evaluate(answer.selection).feasible
+    assert answer.lower_bound <= best + 1e-9 * max(abs(best), 1.0)
+    assert best - 1e-9 <= answer.objective <= best + gap * abs(best) + 1e-9
+    return answer.status
 
 
 def model_optimum(model) -> float:

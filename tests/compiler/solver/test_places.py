@@ -17,6 +17,7 @@ from opweave.compiler.solver import solve
 from opweave.compiler.solver.model import from_problem
 from opweave.compiler.solver.places_bound import Relaxation
 from opweave.compiler.solver.places_rows import equal_lines, make_template
+from tests.compiler.solver.problems import brute_force, check_proof
 
 STREAMS = ("collectives", "device_to_host", "host_to_device", "cpu")
 
@@ -66,33 +67,10 @@ def layered(rng: np.random.Generator, num_layers: int, room: float, *, num_patte
     return b.build()
 
 
-def brute_force(problem: SelectionProblem) -> float:
-    best = math.inf
-    for x in itertools.product(*(range(int(s)) for s in problem.num_strategies)):
-        score = problem.evaluate(x)
-        if score.feasible:
-            best = min(best, score.objective)
-    return best
-
-
-def check(problem: SelectionProblem) -> str:
-    problem.verify()
-    best = brute_force(problem)
-    answer = solve(problem, gap=1e-6, time_limit_s=60.0, engine="places")
-    if best == math.inf:
-        assert answer.status == "infeasible" and answer.reason
-        return answer.status
-    assert answer.status == "optimal"
-    assert problem.evaluate(answer.selection).feasible
-    assert answer.lower_bound <= best + 1e-9 * abs(best)
-    assert best - 1e-9 <= answer.objective <= best + 1e-6 * abs(best) + 1e-9
-    return answer.status
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 1.0), st.integers(1, 2), st.integers(2, 4))
 def test_layers_equal_brute_force(seed: int, room: float, num_layers: int, num_streams: int) -> None:
-    check(layered(np.random.default_rng(seed), num_layers, room, num_streams=num_streams, num_patterns=1))
+    check_proof(layered(np.random.default_rng(seed), num_layers, room, num_streams=num_streams, num_patterns=1), "places")
 
 
 def scattered(seed: int) -> SelectionProblem:
@@ -128,11 +106,11 @@ def scattered(seed: int) -> SelectionProblem:
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_scattered_equal_brute_force(seed: int) -> None:
-    check(scattered(seed))
+    check_proof(scattered(seed), "places")
 
 
 def test_both_outcomes_occur() -> None:
-    outcomes = {check(scattered(seed)) for seed in range(40)}
+    outcomes = {check_proof(scattered(seed), "places") for seed in range(40)}
     assert outcomes == {"optimal", "infeasible"}
 
 

@@ -16,6 +16,7 @@ from opweave.compiler.solver import solve, structured
 from opweave.compiler.solver.chain_dual import Dual, Point
 from opweave.compiler.solver.model import from_problem
 from opweave.compiler.solver.solve import ENGINES
+from tests.compiler.solver.problems import brute_force, check_proof
 
 
 def random_problem(seed: int) -> SelectionProblem:
@@ -54,32 +55,10 @@ def random_problem(seed: int) -> SelectionProblem:
     )
 
 
-def brute_force(problem: SelectionProblem) -> float:
-    best = math.inf
-    for x in itertools.product(*(range(int(s)) for s in problem.num_strategies)):
-        score = problem.evaluate(x)
-        if score.feasible:
-            best = min(best, score.objective)
-    return best
-
-
-def check(problem: SelectionProblem) -> None:
-    problem.verify()
-    best = brute_force(problem)
-    answer = solve(problem, gap=1e-6, time_limit_s=20.0, engine="structured")
-    if best == math.inf:
-        assert answer.status == "infeasible" and answer.reason
-        return
-    assert answer.status == "optimal"
-    assert problem.evaluate(answer.selection).feasible
-    assert answer.lower_bound <= best * (1 + 1e-9) + 1e-9
-    assert best - 1e-9 <= answer.objective <= best * (1 + 1e-6) + 1e-6
-
-
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_equals_brute_force(seed: int) -> None:
-    check(random_problem(seed))
+    check_proof(random_problem(seed), "structured")
 
 
 @settings(max_examples=120, deadline=None)
@@ -87,7 +66,7 @@ def test_equals_brute_force(seed: int) -> None:
 @example(3176044)  # the mixture of a part used strategies the part forbids: the same split again and again
 def test_equals_brute_force_by_branching(seed: int) -> None:
     with mock.patch.object(structured, "EXACT_ENTRIES", -1):
-        check(random_problem(seed))
+        check_proof(random_problem(seed), "structured")
 
 
 @settings(max_examples=100, deadline=None)
