@@ -38,11 +38,16 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 
 @_handles("_scaled_dot_product_flash_attention_for_cpu")
 def _attention(rec: Recorder, func: Any, args: Any, kwargs: Any, lowered: Any, lowered_kwargs: Any) -> Any:
-    out = rec.run(func, args, kwargs)
-    a = named_arguments(func, lowered, lowered_kwargs)
-    call = (a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], _scale(a["scale"], args[0]))
-    rec.bind_all(opweave.attention.default, out, call, {})
+    # Run as opweave's op: torch 2.11 says that the log-sum-exp of float64 is float32, which its own kernel contradicts.
+    out = rec.run(opweave.attention.default, _attention_call(func, args, kwargs, args[0]), {})
+    rec.bind_all(opweave.attention.default, out, _attention_call(func, lowered, lowered_kwargs, args[0]), {})
     return out
+
+
+def _attention_call(func: Any, args: Any, kwargs: Any, q: torch.Tensor) -> tuple[Any, ...]:
+    """Arguments of `opweave::attention` for those of the CPU's kernel."""
+    a = named_arguments(func, args, kwargs)
+    return a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], _scale(a["scale"], q)
 
 
 @_handles("_scaled_dot_product_flash_attention_for_cpu_backward")

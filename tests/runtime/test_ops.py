@@ -68,8 +68,10 @@ def test_attention_written_out_agrees_with_the_kernel(case):
     torch.testing.assert_close(written_out, attention.backward(grad, q, k, v, mask, out, lse, *rest))
 
 
-def test_attention_fake_results_are_laid_out_as_real_ones():
-    q, k, v = (x.detach() for x in heads(4, 2, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("heads_last", [True, False])
+def test_attention_fake_results_are_laid_out_as_real_ones(dtype, heads_last):
+    q, k, v = (x.detach() if heads_last else x.detach().contiguous() for x in heads(4, 2, dtype))
     args = (q, k, v, None, True, 0.3)
     out, lse = attention.forward(*args)
     grads = attention.backward(out, *args[:4], out, lse, *args[4:])
