@@ -16,6 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from .cli_tables import bytes_text, plain
+
 app = typer.Typer(
     name="opweave",
     help="Plans how every operator of a PyTorch training step is split over a cluster, and runs the plan.",
@@ -58,7 +60,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 class CheckFailed(Exception):
     """What was asked was checked and does not hold. printed: the JSON object is on stdout already."""
-
     def __init__(self, message: str, *, printed: bool = False) -> None:
         super().__init__(message)
         self.printed = printed
@@ -66,7 +67,6 @@ class CheckFailed(Exception):
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print what a user can put right as one message, and say by the exit status what happened."""
-
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
@@ -104,8 +104,6 @@ def escaped(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    from .cli_tables import plain
-
     sys.stdout.write(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -125,7 +123,6 @@ def busy(text: str) -> Iterator[Callable[[str], None]]:
 
 class Stages:
     """A stopwatch for what a command does, in processor seconds: other programs on the machine do not count."""
-
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
@@ -223,7 +220,6 @@ def limits_of(text: str | None, cluster: Any) -> dict[str, float]:
 
 def _warn_of_more_than_there_is(limits: dict[str, float], cluster: Any) -> None:
     """A limit is what a plan may use, wherever it will run: more than this cluster has is no error."""
-    from .cli_tables import bytes_text
     from .compiler.suggestions import available
 
     there = {"device": float(cluster.device.usable_bytes), **available(cluster)}

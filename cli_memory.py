@@ -44,6 +44,8 @@ from .cli_base import (
     source_of,
     steps_bar,
 )
+from .cli_tables import bytes_text, pairs_table, residency_text, rows_table, seconds_text, state_text
+from .cost_model.cluster import Cluster
 
 _STEP_OPTIONS = ("mesh", "force", "places", "objective")
 
@@ -74,7 +76,6 @@ def _trials(request: Any, doing: Callable[[str], None]) -> Any:
 
 def smallest_plan(model: Any, cluster: Any, batch: Any, given: Mapping[str, Any], doing: Callable[[str], None]) -> Any:
     """The plan of the smallest device memory that works; says on stderr where that is more than the device has."""
-    from .cli_tables import bytes_text
     from .compiler.frontier import smallest
 
     request = _request(model, cluster, batch, given)
@@ -116,8 +117,6 @@ def refusals_explained(
 
 
 def _show_diagnosis(found: Any) -> None:
-    from .cli_tables import bytes_text, rows_table
-
     messages.print(f"the leanest plan that was found takes {bytes_text(found.least_bytes)} on the device, most of all at {found.peak_at}:")
     messages.print(rows_table("largest there", found.peak_owner))
     rows = [
@@ -151,8 +150,6 @@ def frontier(
     as_json: JsonOption = False,
 ) -> None:
     """Predicted step time against device memory, from the smallest that works to what the plan without a limit takes."""
-    from .cost_model.cluster import Cluster
-
     figure = None if output is None else _figure_class()
     where = Cluster.resolve(cluster)
     given = {
@@ -183,8 +180,6 @@ def _figure_class() -> Any:
 
 
 def _show_frontier(rows: list[dict[str, Any]], title: str) -> None:
-    from .cli_tables import residency_text, rows_table, state_text
-
     shown = [
         {
             "device bytes": row["limit_bytes"],
@@ -202,8 +197,6 @@ def _show_frontier(rows: list[dict[str, Any]], title: str) -> None:
 
 def draw_frontier(figure: Any, rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Step time against device memory as steps: a plan serves every limit up to the next point's."""
-    from .cli_tables import bytes_text
-
     limits = [row["limit_bytes"] for row in rows]
     times = [row["step_time_s"] * 1e3 for row in rows]
     axes = figure.add_subplot()
@@ -245,7 +238,6 @@ def run(
 ) -> None:
     """Plan a model here, or take a plan, and train some steps (under torchrun, on all ranks): times, bytes and losses, with predictions."""
     from . import calibration
-    from .cost_model.cluster import Cluster
     from .runtime.resident import return_freed_memory
 
     leads = calibration.join_job() == 0
@@ -312,7 +304,6 @@ def materialised(spec: str, sizes: tuple[int, int] | None) -> tuple[Any, Any]:
 
 
 def _report_run(model: str, cluster: str, plan: Any, measured: Any, losses: list[float], as_json: bool) -> None:
-    from .cli_tables import bytes_text, pairs_table, seconds_text
     from .measured_run import exceeded
 
     predicted = {name: plan.predicted.get(name) for name in ("step_time_s", "peak_bytes", "joules", "price")}
