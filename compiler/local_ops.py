@@ -19,6 +19,7 @@ from torch import fx
 from ..runtime import collectives, micro_batches
 from ..runtime import ops as runtime_ops
 from ..runtime.batch_norm import channel_moments
+from ..runtime.losses import one_per_row
 from .rule import argument_names
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def softmax_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
         return plain(e, cut, args, kwargs)
     product = e.op(aten.mul.Tensor, args[0], args[1])
     total = e.all_reduce(e.op(aten.sum.dim_IntList, product, [dim], True), axes, "sum")
-    return _back(e, cut, e.op(aten.sub.Tensor, product, e.op(aten.mul.Tensor, args[1], total)))
+    return _back(e, cut, e.op(aten.addcmul.default, product, args[1], total, value=-1))
 
 
 def log_softmax_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
@@ -292,8 +293,7 @@ def log_softmax_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> An
     if not axes:
         return plain(e, cut, args, kwargs)
     total = e.all_reduce(e.op(aten.sum.dim_IntList, args[0], [dim], True), axes, "sum")
-    scaled = e.op(aten.mul.Tensor, e.op(aten.exp.default, args[1]), total)
-    return _back(e, cut, e.op(aten.sub.Tensor, args[0], scaled))
+    return _back(e, cut, e.op(aten.addcmul.default, args[0], e.op(aten.exp.default, args[1]), total, value=-1))
 
 
 _MEAN = 1  # torch's code for reduction="mean"
@@ -330,16 +330,14 @@ def nll_loss_backward(e: Emitter, cut: Cut, args: Args, kwargs: Kwargs) -> Any:
     vocab = cut.result_axes(classes)
     if not vocab:
         return plain(e, cut, args, kwargs)
-    grad, logp, target, total = args[0], args[1], args[2], args[6]
+    grad, target, total = args[0], args[2], args[6]
     index, mine = _own_rows(e, target, vocab, cut.result_shape()[classes])
     counted = e.op(aten.logical_and.default, mine, e.op(aten.ne.Scalar, target, cut.argument("ignore_index", -100)))
     if cut.argument("reduction") == _MEAN:
         grad = e.op(aten.div.Tensor, grad, total)
     value = e.op(aten.mul.Tensor, e.op(aten.neg.default, grad), counted)
-    zeros = e.op(aten.zeros_like.default, logp)
-    return e.op(
-        aten.scatter.src, zeros, classes, e.op(aten.unsqueeze.default, index, classes), e.op(aten.unsqueeze.default, value, classes)
-    )
+    index, value = (e.op(aten.unsqueeze.default, x, classes) for x in (index, value))
+    return e.op(one_per_row, list(cut.result_shape()), classes, index, value)
 
 
 def _per_channel(e: Emitter, x: Any, rank: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,31 +297,7 @@ class Lowering:
 
     def emit_op(self, node: fx.Node, bound: BoundOp, chosen: OpStrategy, local: dict[int, fx.Node]) -> Any:
         """One op on local operands (by operand index); the local result or a tuple of results."""
-        serial = iter(range(len(local)))
-
-        def replace(arg: Any) -> Any:
-            if isinstance(arg, fx.Node):
-                assert isinstance(arg.meta["val"], torch.Tensor), f"{arg.name} is no tensor"
-                return local[next(serial)]
-            if isinstance(arg, (list, tuple)):
-                return [replace(a) for a in arg]
-            return arg
-
-        args = [replace(a) for a in node.args]
-        kwargs = {k: replace(v) for k, v in node.kwargs.items()}
-        row = row_of(node)
-        values = tensor_args(node)
-        whole_results = result_values(node)
-        cut = Cut(
-            node=node, bound=bound, strategy=chosen, mesh=self.mesh,
-            operands=[self.spec(v, layout) for v, layout in zip(values, chosen.operands, strict=True)],
-            results=[
-                self.spec(v, layout) if v is not None and layout is not None else None
-                for v, layout in zip(whole_results, chosen.results, strict=False)
-            ],
-        )  # fmt: skip
-        form = row.local if row is not None and row.local is not None else local_ops.plain
-        return form(self.e, cut, args, kwargs)
+        return emit_op(self.e, self.spec, node, bound, chosen, local)
 
     # -- layouts ----------------------------------------------------------------------------------------------------------
 
@@ -406,6 +383,36 @@ class Lowering:
             num_bytes = math.prod(self.spec(value, layout).local_shape()) * value.meta["val"].element_size()
             if num_bytes >= SMALL_BYTES:
                 self._parked[value] = self.e.op(tiers.settle, self.e.op(tiers.offload, local, self.plan.residency[unit]))
+
+def emit_op(
+    e: Emitter, spec: Callable[[fx.Node, Layout], ShardSpec], node: fx.Node, bound: BoundOp, chosen: OpStrategy, local: dict[int, fx.Node]
+) -> Any:
+    """Write one op on local operands (by operand index), as it is cut; the local result or a tuple of results. spec: how a value is cut in
+    a layout."""
+    serial = iter(range(len(local)))
+
+    def replace(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            assert isinstance(arg.meta["val"], torch.Tensor), f"{arg.name} is no tensor"
+            return local[next(serial)]
+        if isinstance(arg, (list, tuple)):
+            return [replace(a) for a in arg]
+        return arg
+
+    args = [replace(a) for a in node.args]
+    kwargs = {k: replace(v) for k, v in node.kwargs.items()}
+    row = row_of(node)
+    cut = Cut(
+        node=node, bound=bound, strategy=chosen, mesh=e.mesh,
+        operands=[spec(v, layout) for v, layout in zip(tensor_args(node), chosen.operands, strict=True)],
+        results=[
+            spec(v, layout) if v is not None and layout is not None else None
+            for v, layout in zip(result_values(node), chosen.results, strict=False)
+        ],
+    )  # fmt: skip
+    form = row.local if row is not None and row.local is not None else local_ops.plain
+    return form(e, cut, args, kwargs)
+
 
 def lower(
     step: StepGraph, factors: FactorMap, assignment: Assignment, *, device: str = "cpu", optimizer: str = "",

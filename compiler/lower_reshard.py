@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ from .emit import Emitter
 from .factors import FactorMap
 from .layout import PARTIAL_NAME, Layout
 from .reshard import Step, steps
+
+# A gradient holds its memory on every rank until it is waited for: no more than so many buckets are sent before the oldest is.
+_NUM_UNDER_WAY = 4
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ class _Bucket:
     items: list[tuple[fx.Node, tuple[Any, ...]]] = field(default_factory=list)
     num_bytes: float = 0.0
     sent: fx.Node | None = None
+    arrived: fx.Node | None = None  # what the wait for it yields
 
 
 class Resharding:
@@ -64,6 +69,7 @@ class Resharding:
         self._mesh = emitter.mesh
         self.bucket_bytes = bucket_bytes
         self._buckets: dict[tuple[Any, ...], _Bucket] = {}
+        self._under_way: deque[_Bucket] = deque()
 
     def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> Later:
         """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
@@ -128,16 +134,26 @@ class Resharding:
         def get() -> fx.Node:
             if bucket.sent is None:
                 self._send(full)
-            assert bucket.sent is not None
-            if bucket.sent.target is not collectives.wait and "result" not in bucket.sent.meta:
-                bucket.sent.meta["result"] = self._e.wait(bucket.sent)
-            result = bucket.sent.meta["result"]
+            result = self._wait(bucket)
             return self._e.op(operator.getitem, result, at) if len(bucket.items) > 1 else result
 
         return Later(get)
 
+    def _wait(self, bucket: _Bucket) -> fx.Node:
+        if bucket.arrived is None:
+            assert bucket.sent is not None, "a bucket is waited for before it is sent"
+            bucket.arrived = self._e.wait(bucket.sent)
+        return bucket.arrived
+
     def _send(self, key: tuple[Any, ...]) -> None:
         bucket = self._buckets.pop(key)
+        self._start(bucket, key)
+        if key[0] != "all_gather":
+            self._under_way.append(bucket)
+            while sum(b.num_bytes for b in self._under_way) - self._under_way[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes:
+                self._wait(self._under_way.popleft())
+
+    def _start(self, bucket: _Bucket, key: tuple[Any, ...]) -> None:
         kind, axes, op, _ = key
         xs = [x for x, _ in bucket.items]
         places = [p for _, p in bucket.items]

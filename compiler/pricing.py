@@ -14,16 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import fx
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.collectives import collective_coefficients
-from ..cost_model.kernels import kernel_seconds
-from ..cost_model.work import op_work
+from ..cost_model.kernels import MATRIX_CLASSES, kernel_seconds
+from ..cost_model.work import class_of, op_class, op_work
+from ..runtime.communicator import DirectTransport
 from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
 from .layout import REPLICATED, Layout, num_pieces
@@ -31,9 +30,10 @@ from .lower import BUCKET_BYTES
 from .micro_batches import first_behind, is_sum, num_runs
 from .overlap import Overlap
 from .place_recipes import AUTO
+from .price_collectives import FORBIDDEN, CollectivePrices, Moved
+from .price_local import LocalPrices
 from .price_places import PlaceNode, PlacePricer
 from .problem import ProblemBuilder, SelectionProblem
-from .reshard import ReshardError, Step, steps
 from .residency import DEVICE, DISK, HOST, Uses
 from .rule import results_of, tensor_args
 from .rule_table import UPDATE, op_name
@@ -42,85 +42,7 @@ from .views import aliased_operand
 
 SIDE = "collectives"
 TIERS = (HOST, DISK)
-_FORBIDDEN = float("inf")
-
-
-class _Price(NamedTuple):
-    """Of a change of layout. own_s: latency of all messages but the last. last_s: of the last one, which other tensors may share."""
-
-    own_s: float
-    last_s: float
-    s_per_byte: float
-
-
-class CollectivePrices:
-    """Latency and seconds per byte of layout changes on one mesh of a cluster; pairs of layouts are computed once."""
-
-    def __init__(self, cluster: Cluster, mesh: tuple[int, ...]) -> None:
-        self.mesh = mesh
-        self._copy_s_per_byte = 2.0 / cluster.device.memory_bandwidth_bytes_per_s
-        links = [cluster.axis_link(mesh, axis) for axis in range(len(mesh))]
-        self._coefficients = {
-            (kind, axis): collective_coefficients(kind, mesh[axis], links[axis])
-            for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-            for axis in range(len(mesh))
-        }
-        self._pairs: dict[tuple[Layout, Layout], _Price] = {}
-        self._tables: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], np.ndarray] = {}
-
-    def pair(self, source: Layout, target: Layout) -> _Price:
-        """What it takes to bring a tensor from one layout to another; infinite where there is no way."""
-        found = self._pairs.get((source, target))
-        if found is None:
-            found = self._pairs[source, target] = self._price(source, target)
-        return found
-
-    def _price(self, source: Layout, target: Layout) -> _Price:
-        if source == target:
-            return _Price(0.0, 0.0, 0.0)
-        try:
-            way = steps(source, target, self.mesh)
-        except ReshardError:
-            return _Price(_FORBIDDEN, 0.0, 0.0)
-        own = last = per_byte = 0.0
-        previous: Step | None = None
-        for step in way:
-            if step.kind in ("slice", "zero"):
-                per_byte += 0.0 if step.kind == "slice" else self._copy_s_per_byte * step.fraction
-                continue
-            latency, rate = self._coefficients[step.kind, step.axis]
-            if previous is None or not (step.kind == previous.kind == "all_reduce" and step.source == previous.source):
-                own, last = own + last, 0.0  # all-reduces of one kind are one message
-            last += latency
-            per_byte += (rate + self._copy_s_per_byte) * step.fraction
-            previous = step
-        return _Price(own, last, per_byte)
-
-    def all_reduce(self, axis: int, num_bytes: float) -> float:
-        """Seconds of one all-reduce inside an op's local form."""
-        latency, rate = self._coefficients["all_reduce", axis]
-        return latency + rate * num_bytes
-
-    def matrix(self, a: list[Layout], b: list[Layout], num_bytes: float, latency_share: float = 1.0) -> np.ndarray:
-        """float64[len(a), len(b)] seconds between all layouts of two lists, for a tensor of `num_bytes` global bytes.
-
-        latency_share: part of the last message's latency that falls to this tensor, where lowering sends several in one message. Those
-        before it have none to go with.
-        """
-        ua, ia = _unique(a)
-        ub, ib = _unique(b)
-        key = (ua, ub)
-        table = self._tables.get(key)
-        if table is None:
-            table = self._tables[key] = np.array([[self.pair(x, y) for y in ub] for x in ua])
-        own, last, per_byte = np.moveaxis(table, -1, 0)
-        return (own + last * latency_share + per_byte * num_bytes)[np.ix_(ia, ib)]
-
-
-def _unique(layouts: list[Layout]) -> tuple[tuple[Layout, ...], list[int]]:
-    index: dict[Layout, int] = {}
-    positions = [index.setdefault(layout, len(index)) for layout in layouts]
-    return tuple(index), positions
+_SEVERAL_OPS = ("*", "#")  # flags of letters whose split makes an op several
 
 
 def tensor_bytes(value: torch.Tensor) -> int:
@@ -154,6 +76,7 @@ class Pricer:
         self.cluster = cluster
         self.mesh = graph.mesh
         self.prices = CollectivePrices(cluster, graph.mesh)
+        self.local_prices = LocalPrices(graph.factors, cluster, graph.mesh)
         self.op_seconds: dict[int, np.ndarray] = {}
         self.op_costs: dict[int, np.ndarray] = {}
         self._busy_weight = busy_weight
@@ -171,6 +94,8 @@ class Pricer:
         self._end = len(self._order)
         self.last_use: dict[fx.Node, int] = {}  # time after which a tensor is needed no more, where nothing is made again
         self._behind = first_behind(graph.step)
+        products = [self._order[node] for node in graph.step.ops if class_of(op_class(op_name(node))) in MATRIX_CLASSES]
+        self._first_product, self._last_product = (products[0], products[-1]) if products else (self._end, -1)
         self._buffers = set(graph.step.output_values("buffer"))
         self._places = PlacePricer(self, tiers, recipe) if places else None
 
@@ -230,8 +155,12 @@ class Pricer:
         flops = np.array([work.flops / self._divisor(s) for s in options])
         share = self._moved_bytes(options, operands, made)
         moved = share * (work.bytes / max(self._moved_bytes([_whole_of(options[0], len(self.mesh))], operands, made)[0], 1))
-        seconds = np.asarray(kernel_seconds(flops, moved, work.op_class, self.cluster.device, dtype, work.min_dim), dtype=float)
-        return seconds, self._exchange(choice, options, operands, made)
+        seconds = np.array(kernel_seconds(flops, moved, work.op_class, self.cluster.device, dtype, work.min_dim), dtype=float)
+        exchange = np.zeros(len(options))
+        for k, strategy in enumerate(options):
+            if choice.op is not None and any(code >= 0 and choice.op.flags[code] in _SEVERAL_OPS for code in strategy.codes):
+                seconds[k], exchange[k] = self.local_prices.seconds(node, choice.op, strategy)
+        return seconds, exchange
 
     def _divisor(self, s: OpStrategy) -> int:
         return math.prod(n for c, n in zip(s.codes, self.mesh, strict=True) if c >= 0)
@@ -243,28 +172,6 @@ class Pricer:
         for k, s in enumerate(options):
             layouts = (*s.operands, *s.results)
             out[k] = sum(b / num_pieces(layout, self.mesh) for b, layout in zip(sizes, layouts, strict=False) if layout is not None)
-        return out
-
-    def _exchange(
-        self, choice: Choice, options: list[OpStrategy], operands: list[torch.Tensor], results: list[torch.Tensor | None]
-    ) -> np.ndarray:
-        op = choice.op
-        out = np.zeros(len(options))
-        if op is None or "#" not in op.flags:
-            return out
-        for k, s in enumerate(options):
-            for axis, code in enumerate(s.codes):
-                if code >= 0 and op.flags[code] == "#":
-                    small = [
-                        tensor_bytes(r)
-                        for r, atoms in zip(results, op.results, strict=False)
-                        if r is not None and atoms is not None and code not in atoms
-                    ]
-                    per_row = tensor_bytes(operands[0]) / op.sizes[code] if operands else 0
-                    num_bytes = max(small) if small else per_row / max(1, num_pieces(s.operands[0], self.mesh) / self.mesh[axis])
-                    first = op.results[0]
-                    rounds = 2 if first is not None and code in first and not small else 1
-                    out[k] += rounds * self.prices.all_reduce(axis, num_bytes)
         return out
 
     def _whole_outputs(self) -> dict[fx.Node, int]:
@@ -287,7 +194,8 @@ class Pricer:
             index = value.args[1] if is_getitem(value) else 0
             layouts = [s.results[index] for s in choice.options] if choice.kind == "op" else choice.options
             times = self.num_runs("bwd") if value in self._buffers else 1
-            total += times * self.prices.matrix(layouts, [whole], outputs[value])[:, 0]
+            messages, copies = self.prices.matrices(layouts, [whole], outputs[value], self._moved(value))
+            total += times * (messages + copies)[:, 0]
         return total
 
     def _edge(self, link: Link) -> None:
@@ -296,22 +204,52 @@ class Pricer:
             value = value[0]
         num_bytes = tensor_bytes(value)
         share = self._latency_share(num_bytes) if link.bucketed else 1.0
-        matrix = self.prices.matrix(link.source_layouts, link.target_layouts, num_bytes, share) * (link.count * link.num_runs)
+        moved = self._moved(link.value, packed=link.bucketed and self._packs(num_bytes))
+        messages, copies = self.prices.matrices(link.source_layouts, link.target_layouts, num_bytes, moved, share)
+        messages, copies = messages * (link.count * link.num_runs), copies * (link.count * link.num_runs)
+        matrix = messages + copies
         target = link.target
         if target.kind == "read":
             # An alias exists exactly where the kept tensor has that very layout.
             same = np.array([[a == b for b in target.options] for a in link.source_layouts])
-            matrix = np.where(np.array(target.alias)[None, :] != same, _FORBIDDEN, matrix)
+            matrix = np.where(np.array(target.alias)[None, :] != same, FORBIDDEN, matrix)
             own = self.graph.own_reads
             if own and link.source.kind == "input":
                 agree = np.array([[all(a[x] == b[x] for x in own) for b in target.options] for a in link.source_layouts])
-                matrix = np.where(agree, matrix, _FORBIDDEN)
-        if link.side and self._side_hidden:
+                matrix = np.where(agree, matrix, FORBIDDEN)
+        if link.side and self._side_hidden and not self._is_exposed(link):
             finite = np.isfinite(matrix)
-            stream = np.where(finite, matrix, 0.0)
-            self.builder.add_edge(link.source.index, target.index, np.where(finite, 0.0, _FORBIDDEN), {SIDE: stream})
+            sent = np.where(finite, messages, 0.0)
+            # What runs beside it slows the computation down by what the two take from each other (`Cluster.overlap`).
+            costs = np.where(finite, copies + (1 - self._side_hidden) * sent, FORBIDDEN)
+            self.builder.add_edge(link.source.index, target.index, costs, {SIDE: self._side_hidden * sent})
         elif np.any(matrix):
             self.builder.add_edge(link.source.index, target.index, matrix)
+
+    def _is_exposed(self, link: Link) -> bool:
+        """Whether there is no computation left that could hide a side link: a new parameter's way back behind the last update, a gradient
+        that is made last, a parameter that is read first. Of equal layers the computation of the others hides what one exchanges."""
+        if link.target.kind == "input":
+            return self._places is None  # else each parameter is updated in the backward pass, as soon as that can be
+        if link.count > 1 or link.value not in self._order:
+            return False
+        if link.target.kind == "value":
+            return self._order[link.value] >= self._last_product
+        readers = [self._order[op] for op, _ in self._readers[link.value]]
+        return link.target.kind == "read" and link.target.phase == "fwd" and min(readers, default=0) <= self._first_product
+
+    def _moved(self, value: fx.Node, *, packed: bool = False) -> Moved:
+        """How a value lies in memory."""
+        dims = self.graph.factors.splits(value)
+        atoms = self.graph.factors.atoms(value)
+        outermost = next((i for i, size in enumerate(atoms) if size > 1), 0)
+        in_place = value.op == "placeholder" and value in self.graph.updates
+        whole_dims = frozenset(i for i, (_, inner) in enumerate(dims) if inner == 0) if in_place else frozenset()
+        return Moved(outermost, whole_dims, packed)
+
+    def _packs(self, num_bytes: int) -> bool:
+        """Whether a tensor of a bucket is copied into a buffer with the others."""
+        return self.cluster.device.kind != "cpu" or num_bytes < DirectTransport.SOLO_BYTES
 
     def _latency_share(self, num_bytes: int) -> float:
         """A gradient's share of the latency of the messages it travels in: they are full, but there is at least one for all."""

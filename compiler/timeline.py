@@ -284,8 +284,8 @@ class _Writer:
             previous = self.instructions[-1]
             self.instructions[-1] = previous._replace(frees=previous.frees + freed)
             return
-        if node.target in timeline_tiers.STARTS and self.last_compute is not None:
-            # A copy starts where the program says, not as soon as its stream is free: its memory is counted from there.
+        if (node.target in timeline_tiers.STARTS or node.target in collectives.STARTS) and self.last_compute is not None:
+            # It starts where the program says, not as soon as its stream is free: its memory is counted from there.
             waits = tuple(sorted({*waits, self.last_compute}))
         stream, seconds, op_class = self._price(node)
         info = node.meta.get("op")

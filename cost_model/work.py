@@ -258,6 +258,7 @@ OPS: dict[str, _Op] = {
     "opweave::channel_moments": _Op("norm", None, 6.0),
     "opweave::update": _Op("update", None, 12.0),
     "opweave::accumulate": _ACCUMULATE,
+    "opweave::one_per_row": _FILL,
     **_rows(
         _Op("copy", None, 0.0),
         """clone copy _to_copy to contiguous cat stack repeat constant_pad_nd flip roll slice_backward select_backward slice_scatter

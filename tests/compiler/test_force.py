@@ -18,15 +18,15 @@ from opweave.cost_model.cluster import Cluster
 
 
 @functools.cache
-def analysis():
-    model, batch = zoo.load("opt-tiny")
+def analysis(name="opt-tiny", size=None):
+    model, batch = zoo.load(name, size)
     return analyse(capture(model, batch, optimizer=torch.optim.AdamW(model.parameters())))
 
 
 @functools.cache
-def forced(name, mesh=(2,)):
+def forced(name, mesh=(2,), model=("opt-tiny", None)):
     """What a forced plan decided, per mesh axis as sets of what occurs."""
-    a = analysis()
+    a = analysis(*model)
     plan = plan_step(a, Cluster.preset("dgx-a100-640", devices=torch.Size(mesh).numel()), mesh=mesh, force=name)
     assignment = plan.assignment(a.step, a.factors)
     inputs = dict(zip((n for n in a.step.graph.nodes if n.op == "placeholder"), a.step.inputs, strict=True))
@@ -76,7 +76,7 @@ def test_data_parallel_recipes(name, params, grads, states):
 @pytest.mark.parametrize("name", ["megatron", "megatron_sp"])
 def test_tensor_parallel_recipes(name):
     """Weights are in pieces and read as such; the batch is never split, the sequence only by megatron_sp."""
-    f = forced(name)
+    f = forced(name, model=("opt-125m", (1, 1024)))  # long enough for a split of the sequence to pay
     assert not f.split[0] & f.batch
     assert bool(f.split[0] & f.sequence) == (name == "megatron_sp")
     assert f.split[0] - f.batch - f.sequence, "nothing is tensor parallel"

@@ -94,12 +94,12 @@ def test_small_model_large_batch_is_data_parallel(dgx):
 
 def test_tight_memory_is_zero_3(dgx):
     model = on_meta(lambda: Net(8192, 32768, 8))
-    batch = (torch.empty(64, 128, 8192, device="meta"),)
+    batch = (torch.empty(128, 128, 8192, device="meta"),)
     whole = sum(p.numel() for p in model.parameters()) * 16
-    plan = planned(model, batch, dgx, mesh=(8,), memory_limit=whole / 8 * 1.6)
+    plan = planned(model, batch, dgx, mesh=(8,), memory_limit=whole / 8 * 1.9)
     assert plan.patterns["ZeRO-3"] >= 16  # both large weights of every block
     assert plan.patterns.get("data parallel", 0) + plan.patterns.get("sequence parallel", 0) == 16  # without attention these cost the same
-    assert plan.predicted["peak_bytes"]["device"] <= whole / 8 * 1.6
+    assert plan.predicted["peak_bytes"]["device"] <= whole / 8 * 1.9
     golden(plan, "zero3")
 
 
