@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import opweave as ow
 from opweave import zoo
@@ -90,3 +91,21 @@ def test_a_plan_of_another_model_is_refused():
     other, batch = zoo.resolve("gpt2-tiny")
     with pytest.raises(PlanError, match="the plan was made for"):
         timeline_of_plan(plan, other, batch, cluster, optimizer=torch.optim.AdamW(other.parameters()))
+
+
+def test_no_more_than_a_few_buckets_of_gradients_are_under_way():
+    """Each holds its memory until it is waited for, which is done in the backward pass once more than four are behind it."""
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(24)))
+    batch = (torch.randn(8, 256),)
+    made = {"loss_fn": lambda m, b: m(*b).pow(2).mean(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    plan = api.plan(model, ow.Cluster.preset("cpu", devices=2), batch, mesh=(2,), force="zero2", **made)
+    analysis = analyse(capture(model, batch, **made))
+    program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), bucket_bytes=256 * 256 * 4)
+    under_way, most = set(), 0
+    for node in program.graph.nodes:
+        if node.target in (collectives.reduce_scatter, collectives.reduce_scatter_bucket):
+            under_way.add(node)
+        elif node.target is collectives.wait:
+            under_way -= set(node.args)
+        most = max(most, len(under_way))
+    assert 2 <= most <= 6
