@@ -203,10 +203,8 @@ _HEAD = """# The solver against the experts' recipes
 Predicted step times by one cost model with datasheet constants, AdamW, batches a user would fine-tune with; made by
 `python -m bench.experts -o docs/experts.md`. A recipe is the best of its plans over all meshes. Both sides keep everything on the
 devices and compute nothing twice: this is about sharding alone, [memory.md](memory.md) is about the rest. Times are those of the
-simulated programs. The solver minimises the sum of costs, in which what can hide is hidden; where the simulation hides less, a recipe
-may be faster than the solver's plan. That is open. "second best recipe": its
-name and the solver's time over its. "none fits": no recipe stays within the memory. The command goes on with the rows that are not
-priced yet.
+simulated programs. "second best recipe": its name and the solver's time over its. "none fits": no recipe stays within the memory. The
+command goes on with the rows that are not priced yet.
 
 """
 

@@ -24,6 +24,7 @@ from .reshard import Step, steps
 
 # A gradient holds its memory on every rank until it is waited for: no more than so many buckets are sent before the oldest is.
 _NUM_UNDER_WAY = 4
+_LOCAL = ("slice", "zero")  # steps without messages
 
 
 @dataclass(slots=True)
@@ -54,6 +55,16 @@ class _Bucket:
     arrived: fx.Node | None = None  # what the wait for it yields
 
 
+@dataclass(slots=True, eq=False)
+class _Journey:
+    """A gradient on its way through several collectives: where it is, and what is left. num_bytes: that it holds until then."""
+
+    value: fx.Node
+    later: Later
+    legs: list[tuple[Step, tuple[int, ...]]]
+    num_bytes: float
+
+
 class Resharding:
     """Brings local tensors into other layouts.
 
@@ -70,19 +81,58 @@ class Resharding:
         self.bucket_bytes = bucket_bytes
         self._buckets: dict[tuple[Any, ...], _Bucket] = {}
         self._under_way: deque[_Bucket] = deque()
+        self._half_way: deque[_Journey] = deque()
 
     def reshard(self, value: fx.Node, node: fx.Node, source: Layout, target: Layout, *, bucket: bool = False) -> Later:
         """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
-        way = list(steps(source, target, self._mesh))
+        legs = self._legs(source, target)
+        if bucket and sum(step.kind not in _LOCAL for step, _ in legs) > 1:
+            return self._travel(_Journey(value, ready(node), legs, self._local_bytes(value, source)))
         later = ready(node)
-        while way:
-            step = way.pop(0)
-            axes = [step.axis]
-            # All-reduces of one kind over several axes are one all-reduce over all of them.
-            while step.kind == "all_reduce" and way and way[0].kind == "all_reduce" and way[0].source == step.source:
-                axes.append(way.pop(0).axis)
-            later = self._step(value, later(), step, tuple(sorted(axes)), bucket=bucket and not way)
+        for i, (step, axes) in enumerate(legs):
+            later = self._step(value, later(), step, axes, bucket=bucket and i == len(legs) - 1)
         return later
+
+    def _legs(self, source: Layout, target: Layout) -> list[tuple[Step, tuple[int, ...]]]:
+        """Steps with their axes. All-reduces of one kind over several axes are one all-reduce over all of them."""
+        out: list[tuple[Step, tuple[int, ...]]] = []
+        for step in steps(source, target, self._mesh):
+            if out and step.kind == out[-1][0].kind == "all_reduce" and step.source == out[-1][0].source:
+                out[-1] = (out[-1][0], tuple(sorted((*out[-1][1], step.axis))))
+            else:
+                out.append((step, (step.axis,)))
+        return out
+
+    def _travel(self, journey: _Journey) -> Later:
+        """Gradients that are reduced over one axis and then over another start their second leg when about a bucket of others has begun its
+        first: waiting for the first at once would let the backward pass wait for whatever is under way before it."""
+        self._next_leg(journey)
+        self._half_way.append(journey)
+        while sum(j.num_bytes for j in self._half_way) - self._half_way[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes:
+            oldest = self._half_way.popleft()
+            self._next_leg(oldest)
+            if oldest.legs:
+                self._half_way.append(oldest)
+
+        def get() -> fx.Node:
+            if journey in self._half_way:
+                self._half_way.remove(journey)
+            while journey.legs:
+                self._next_leg(journey)
+            return journey.later()
+
+        return Later(get)
+
+    def _next_leg(self, journey: _Journey) -> None:
+        """Wait for the collective that is under way and start the next."""
+        while journey.legs:
+            step, axes = journey.legs.pop(0)
+            journey.later = self._step(journey.value, journey.later(), step, axes, bucket=not journey.legs)
+            if step.kind not in _LOCAL:
+                break
+
+    def _local_bytes(self, value: fx.Node, layout: Layout) -> float:
+        return math.prod(self._spec(value, layout).local_shape()) * value.meta["val"].element_size()
 
     def _step(self, value: fx.Node, x: fx.Node, step: Step, axes: tuple[int, ...], *, bucket: bool) -> Later:
         spec = self._spec(value, step.before)

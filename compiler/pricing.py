@@ -1,8 +1,9 @@
 """Prices: the choice graph in seconds and bytes, as a `SelectionProblem`.
 
-- An op costs its kernel's time on local sizes (`cost_model.work`, `cost_model.kernels`) plus the exchanges inside its local form.
-- A link costs the collectives of `reshard.steps`, latency and bandwidth per mesh axis. Gradient reduction and parameter gathers
-  ("side" links) go into a stream of their own where the cluster can overlap: only what exceeds the computation that hides it counts.
+- An op costs its kernel's time on local sizes (`cost_model.work`, `cost_model.kernels`), or that of the ops it becomes (`price_local`).
+- A link costs the collectives of `reshard.steps` and the copies around them (`price_collectives`). Gradient reduction and parameter
+  gathers ("side" links) go into a stream of their own where the cluster can overlap: only what exceeds the computation that hides it
+  counts. At both ends of the step nothing hides them.
 - Where energy is minimised, a second of computing counts 1 + `busy_weight` (`cost_model.energy`): waiting for a message is cheaper.
 - What runs once per micro-batch is priced as often (`micro_batches`); the sums over micro-batches are there all the time until then.
 - Memory, pool "device": stored parameters and optimizer state over the whole step; a tensor from the op that makes it to its last

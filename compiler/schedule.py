@@ -5,7 +5,7 @@ move up and the waits down:
 
 - what is copied out is waited for when its stream can be done with it; until then its memory is held;
 - what is fetched (or gathered from parameters) starts as late as its stream, working backwards from all the times of need, allows, and so
-  no earlier than it must;
+  no earlier than it must; a gather starts before reductions of gradients that would keep the stream busy when it has to be there;
 - neither by more than the memory left at every instruction in between allows.
 
 Times are the running sum of the instructions' predicted seconds, memory is that of the program as lowered. The result is a list of moves,
@@ -29,6 +29,7 @@ from .lower import Moves
 from .timeline import COLLECTIVES, Timeline
 
 _WAITS = (tiers.settle, tiers.updated)
+_NUM_QUEUES = 3  # times that the queue of collectives is looked at, and gathers moved before what they would wait for
 _GATHERS = (collectives.all_gather, collectives.all_gather_bucket)
 
 
@@ -58,15 +59,15 @@ class _Scheduler:
     # -- waits move down --------------------------------------------------------------------------------------------------
 
     def _waits(self) -> None:
-        free: dict[str, float] = {}
+        free: dict[tuple[str, str], float] = {}
         for node in self.nodes:
             if node.target not in _WAITS:
                 continue
             start = node.args[0]
             assert isinstance(start, fx.Node), f"{node.name} waits for {start!r}"
             item = self.price[start]
-            begin = max(self.clock[self.place[start]], free.get(item.stream, 0.0))
-            done = free[item.stream] = begin + item.seconds
+            begin = max(self.clock[self.place[start]], free.get(item.queue, 0.0))
+            done = free[item.queue] = begin + item.seconds
             readers = [self.place[user] for user in node.users if user.op != "output"]
             last = min([*readers, self.end if self.place[node] < self.end else len(self.nodes) - 1])
             target = min(bisect_left(self.clock, done), last)
@@ -88,20 +89,54 @@ class _Scheduler:
 
     def _starts(self, gathers: bool) -> None:
         waits, self.moves = self.moves, []
-        next_start: dict[str, float] = {}
-        for node in reversed(self.nodes):
-            if not self._is_start(node, gathers):
-                continue
-            item = self.price[node]
-            needed = min(self.clock[self.place[user]] for user in node.users)
-            begin = min(needed, next_start.get(item.stream, needed)) - item.seconds
-            next_start[item.stream] = begin
+        starts = [node for node in self.nodes if self._is_start(node, gathers)]
+        others = [node for node in self.nodes if node.target in collectives.STARTS and not self._is_start(node, gathers)]
+        begins = self._latest(starts, [], {})
+        for _ in range(_NUM_QUEUES if others else 0):
+            begins = self._latest(starts, others, self._queue(others, begins))
+        for node in reversed(starts):
             behind = self.end if self.place[node] > self.end else -1
             earliest = max([self.place.get(used, -1) for used in node.all_input_nodes] + [behind]) + 1
-            target = max(bisect_right(self.clock, begin) - 1, earliest)
-            self._move_up(node, target, sum(buffer.num_bytes for buffer in item.allocs))
+            target = max(bisect_right(self.clock, begins[node]) - 1, earliest)
+            self._move_up(node, target, sum(buffer.num_bytes for buffer in self.price[node].allocs))
         # What is needed first starts first, also where several move to one place.
         self.moves = waits + self.moves[::-1]
+
+    def _latest(self, starts: list[fx.Node], others: list[fx.Node], ends: dict[fx.Node, float]) -> dict[fx.Node, float]:
+        """When each has to start, so that it is there when it is needed. A gather goes before each of the other collectives of its lane,
+        which are less urgent, that would still be under way. ends: when these are done."""
+        begins: dict[fx.Node, float] = {}
+        next_start: dict[tuple[str, str], float] = {}
+        waiting: dict[tuple[str, str], list[fx.Node]] = {}
+        for other in others:
+            waiting.setdefault(self.price[other].queue, []).append(other)
+        for node in reversed(starts):
+            item = self.price[node]
+            needed = min(self.clock[self.place[user]] for user in node.users)
+            begin = min(needed, next_start.get(item.queue, needed)) - item.seconds
+            before = waiting.get(item.queue, [])
+            while before and self._clock(before[-1]) >= needed:
+                before.pop()
+            for other in reversed(before):
+                if ends[other] <= begin:
+                    break
+                begin = min(begin, self._clock(other))
+            begins[node] = next_start[item.queue] = begin
+        return begins
+
+    def _queue(self, others: list[fx.Node], begins: dict[fx.Node, float]) -> dict[fx.Node, float]:
+        """When each of the other collectives is done, in line with the gathers of its lane."""
+        gathers = [(begin, -1, node) for node, begin in begins.items() if self.price[node].stream == COLLECTIVES]
+        issued = sorted([*gathers, *((self._clock(node), self.place[node], node) for node in others)], key=lambda row: row[:2])
+        free: dict[tuple[str, str], float] = {}
+        ends: dict[fx.Node, float] = {}
+        for at, _, node in issued:
+            item = self.price[node]
+            ends[node] = free[item.queue] = max(free.get(item.queue, 0.0), at) + item.seconds
+        return ends
+
+    def _clock(self, node: fx.Node) -> float:
+        return self.clock[self.place[node]]
 
     def _is_start(self, node: fx.Node, gathers: bool) -> bool:
         if node.target in (tiers.fetch, tiers.fetch_cast):

@@ -1,8 +1,8 @@
 """The lowered program on paper: every node as an instruction of `cost_model.simulate`, with its seconds, stream and buffers.
 
-Shapes come from running the local graph once on fake tensors. Compute runs in one stream and collectives in another; both use the
-device, the collectives as much of it as the cluster says cannot be hidden (`Cluster.overlap`). A value is freed at its last use, as the
-executor does; parameters, buffers and optimizer state stay.
+Shapes come from running the local graph once on fake tensors. Compute runs in one stream and collectives in another, with a lane for each
+process group (NCCL's have a stream each); both use the device, the collectives as much of it as the cluster says cannot be hidden
+(`Cluster.overlap`). A value is freed at its last use, as the executor does; parameters, buffers and optimizer state stay.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ class _Writer:
     def __init__(self, program: LocalProgram, cluster: Cluster, values: dict[fx.Node, Any]) -> None:
         self.program, self.cluster, self.values = program, cluster, values
         self.storages = {node: _storages(value) for node, value in values.items()}
-        self.last_use = self._last_uses()
+        self.dying_at: dict[fx.Node, list[int]] = {}
+        for storage, node in self._last_uses().items():
+            self.dying_at.setdefault(node, []).append(storage)
         self.made_at: dict[fx.Node, int] = {}
         self.live: set[int] = set()
         self.instructions: list[Instruction] = []
@@ -278,7 +280,7 @@ class _Writer:
 
     def _instruction(self, node: fx.Node) -> None:
         waits = tuple(sorted({self.made_at[n] for n in node.all_input_nodes if n in self.made_at}))
-        freed = tuple(f"storage{s}" for used in (*node.all_input_nodes, node) for s in self._dying(used, node))
+        freed = tuple(f"storage{s}" for s in self.dying_at.get(node, ()) if s in self.live or s in self.storages[node])
         if node.target is operator.getitem and self.instructions:
             self.made_at[node] = max(waits, default=len(self.instructions) - 1)
             previous = self.instructions[-1]
@@ -290,7 +292,12 @@ class _Writer:
         stream, seconds, op_class = self._price(node)
         info = node.meta.get("op")
         owner = getattr(info, "path", "") or node.name
-        share = 1.0 if stream == COMPUTE else 1.0 - self.cluster.overlap if stream == COLLECTIVES else 0.0
+        uses: tuple[tuple[str, float], ...] = ((POOL, 1.0),) if stream == COMPUTE else ()
+        lane = ""
+        if stream == COLLECTIVES:
+            axes: Any = node.args[1]
+            lane = f"axis {','.join(map(str, axes))}"
+            uses = ((POOL, 1.0 - self.cluster.overlap), (self._wire(axes), 1.0))
         if node.target in timeline_tiers.STARTS:
             self.held[node.name] = timeline_tiers.copied_bytes(node.target, self._arguments(node))
         self.made_at[node] = len(self.instructions)
@@ -298,15 +305,9 @@ class _Writer:
             self.last_compute = len(self.instructions)
         self.instructions.append(
             Instruction(
-                node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, ((POOL, share),), op_class, self.num_runs
+                node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, uses, op_class, self.num_runs, lane
             )
         )
-
-    def _dying(self, value: fx.Node, now: fx.Node) -> list[int]:
-        found = [s for s in self.storages.get(value, ()) if self.last_use.get(s) is now and (s in self.live or value is now)]
-        for storage in found:
-            del self.last_use[storage]
-        return found
 
     def _price(self, node: fx.Node) -> tuple[str, float, str]:
         """(stream, seconds, class) of a node."""
@@ -334,6 +335,11 @@ class _Writer:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
         whole = _num_bytes(_tensors(self._arguments(node)[0])) * (n if kind in ("all_gather", "all_to_all") else 1)
         return collective_seconds(kind, whole, n, self.links[axes]) + self._copy_seconds(self._rearranged(node)[0])
+
+    def _wire(self, axes: tuple[int, ...]) -> str:
+        """What groups along these axes send over: groups of different axes may share it."""
+        inside = self.cluster.devices_of_group_on_a_node(self.program.mesh, axes) >= math.prod(self.program.mesh[axis] for axis in axes)
+        return "link inside a node" if inside else "link between nodes"
 
     def _copy_seconds(self, num_bytes: int) -> float:
         work = op_work("clone", [(num_bytes,)], [(num_bytes,)], (), 1, 1)

@@ -2,8 +2,8 @@
 
 The model, as CUDA streams and worker threads behave:
 
-- Each stream runs its instructions in list order, one at a time. An instruction starts when its stream is free, all instructions it
-  waits for have ended, and the host has issued it; the host issues in list order and needs `launch_s` each.
+- Each lane of a stream runs its instructions in list order, one at a time. An instruction starts when its lane is free, all instructions
+  it waits for have ended, and the host has issued it; the host issues in list order and needs `launch_s` each.
 - Instructions that use a shared resource (a host link, a memory bus, a network card) at the same time slow each other down: where
   the demands on a resource add up to D > 1, everything that uses it runs at 1/D of its speed.
 - Micro-batches run one after the other, each when the one before has ended on every stream; one of them is simulated.
@@ -41,7 +41,8 @@ class Instruction(NamedTuple):
     """One thing a stream does. seconds: alone, without contention. waits: indices of earlier instructions.
 
     uses: (resource, demand) pairs; demand 1 saturates the resource. frees: names of buffers. num_runs: how often it runs in a step: those
-    of a micro-batch, which stand before all others, as often as there are micro-batches.
+    of a micro-batch, which stand before all others, as often as there are micro-batches. lane: a stream may have several, which run beside
+    each other (one per process group); it is reported as one.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Instruction(NamedTuple):
     uses: tuple[tuple[str, float], ...] = ()
     op_class: str = ""
     num_runs: int = 1
+    lane: str = ""
+
+    @property
+    def queue(self) -> tuple[str, str]:
+        """What runs one instruction at a time."""
+        return self.stream, self.lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +75,8 @@ class Peak:
 class Simulation:
     """What a step is predicted to do. start_s, end_s: per instruction, from the beginning of the last micro-batch on.
 
-    busy_s: per stream. exposed_s: per stream other than compute, the time it is busy while compute is not. memory: per pool the points
-    (time, bytes) at which its use changes.
+    busy_s: per stream, on any lane. exposed_s: per stream other than compute, the time it is busy while compute is not. memory: per pool
+    the points (time, bytes) at which its use changes.
     """
 
     step_time_s: float
@@ -138,41 +145,41 @@ def _check(instructions: Sequence[Instruction], launch_s: float) -> None:
 
 
 def _contended_resources(instructions: Sequence[Instruction]) -> set[str]:
-    """Resources that more than one stream uses with demands that can add up to more than 1."""
-    demand: dict[str, dict[str, float]] = {}
+    """Resources that more than one lane uses with demands that can add up to more than 1."""
+    demand: dict[str, dict[tuple[str, str], float]] = {}
     for item in instructions:
         for resource, share in item.uses:
-            streams = demand.setdefault(resource, {})
-            streams[item.stream] = max(share, streams.get(item.stream, 0.0))
-    return {resource for resource, streams in demand.items() if len(streams) > 1 and sum(streams.values()) > 1}
+            lanes = demand.setdefault(resource, {})
+            lanes[item.queue] = max(share, lanes.get(item.queue, 0.0))
+    return {resource for resource, lanes in demand.items() if len(lanes) > 1 and sum(lanes.values()) > 1}
 
 
 def _one_pass(instructions: Sequence[Instruction], launch_s: float) -> tuple[Floats, Floats]:
-    """List order is an order in which every start is known: streams and waits only look back."""
+    """List order is an order in which every start is known: lanes and waits only look back."""
     start, end = [0.0] * len(instructions), [0.0] * len(instructions)
-    free: dict[str, float] = {}
-    for index, (_, stream, seconds, waits, *_) in enumerate(instructions):
-        at = max(free.get(stream, 0.0), launch_s * (index + 1) if launch_s else 0.0)
-        for wait in waits:
+    free: dict[tuple[str, str], float] = {}
+    for index, item in enumerate(instructions):
+        at = max(free.get(item.queue, 0.0), launch_s * (index + 1) if launch_s else 0.0)
+        for wait in item.waits:
             if end[wait] > at:
                 at = end[wait]
         start[index] = at
-        free[stream] = end[index] = at + seconds
+        free[item.queue] = end[index] = at + item.seconds
     return np.array(start), np.array(end)
 
 
-class _Streams:
-    """The event loop's state: what each stream runs and how much of it is left."""
+class _Lanes:
+    """The event loop's state: what each lane runs and how much of it is left."""
 
     def __init__(self, instructions: Sequence[Instruction], launch_s: float, contended: set[str]) -> None:
         self.items = instructions
         self.launch_s = launch_s
         self.uses = [[use for use in item.uses if use[0] in contended] for item in instructions]
-        self.queues: dict[str, list[int]] = {}
+        self.queues: dict[tuple[str, str], list[int]] = {}
         self.waiting = [len(item.waits) for item in instructions]
         self.dependents: list[list[int]] = [[] for _ in instructions]
         for index, item in enumerate(instructions):
-            self.queues.setdefault(item.stream, []).append(index)
+            self.queues.setdefault(item.queue, []).append(index)
             for wait in item.waits:
                 self.dependents[wait].append(index)
         for queue in self.queues.values():
@@ -185,8 +192,8 @@ class _Streams:
     def start_ready(self, now: float) -> float:
         """Start what can start; returns the time at which the host issues the next one that waits for that only."""
         next_issue = math.inf
-        for stream in sorted(self.idle):
-            queue = self.queues[stream]
+        for lane in sorted(self.idle):
+            queue = self.queues[lane]
             if not queue or self.waiting[queue[-1]]:
                 continue
             issued = self.launch_s * (queue[-1] + 1)
@@ -194,7 +201,7 @@ class _Streams:
                 next_issue = min(next_issue, issued)
                 continue
             index = queue.pop()
-            self.idle.discard(stream)
+            self.idle.discard(lane)
             self.start[index] = now
             self.left[index] = self.items[index].seconds
         return next_issue
@@ -215,13 +222,13 @@ class _Streams:
     def finish(self, index: int, now: float) -> None:
         del self.left[index]
         self.end[index] = now
-        self.idle.add(self.items[index].stream)
+        self.idle.add(self.items[index].queue)
         for dependent in self.dependents[index]:
             self.waiting[dependent] -= 1
 
 
 def _event_loop(instructions: Sequence[Instruction], launch_s: float, contended: set[str]) -> tuple[Floats, Floats]:
-    state, now, done = _Streams(instructions, launch_s, contended), 0.0, 0
+    state, now, done = _Lanes(instructions, launch_s, contended), 0.0, 0
     while done < len(instructions):
         next_issue = state.start_ready(now)
         rates = state.rates()
@@ -237,26 +244,34 @@ def _event_loop(instructions: Sequence[Instruction], launch_s: float, contended:
 
 
 def _streams(instructions: Sequence[Instruction], start: Floats, end: Floats, compute: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Busy seconds per stream and, but for compute, the part of them in which compute stands still."""
+    """Seconds in which any lane of a stream is busy and, but for compute, the part of them in which compute stands still."""
     members: dict[str, list[int]] = {}
     for index, item in enumerate(instructions):
         members.setdefault(item.stream, []).append(index)
-    busy = {stream: float((end[ids] - start[ids]).sum()) for stream, ids in members.items()}
-    hidden_until = _busy_until(start, end, members.get(compute, []))
+    intervals = {stream: _merged(start[ids], end[ids]) for stream, ids in members.items()}
+    busy = {stream: float((till - since).sum()) for stream, (since, till) in intervals.items()}
+    hidden_until = _busy_until(*intervals.get(compute, (start[:0], end[:0])))
     exposed = {}
-    for stream, ids in members.items():
+    for stream, (since, till) in intervals.items():
         if stream != compute:
-            hidden = float((hidden_until(end[ids]) - hidden_until(start[ids])).sum())
-            exposed[stream] = max(0.0, busy[stream] - hidden)
+            exposed[stream] = max(0.0, busy[stream] - float((hidden_until(till) - hidden_until(since)).sum()))
     return busy, exposed
 
 
-def _busy_until(start: Floats, end: Floats, ids: list[int]) -> Any:
-    """t -> seconds the stream of `ids` was busy before t (its intervals are disjoint and in order)."""
-    if not ids:
+def _merged(start: Floats, end: Floats) -> tuple[Floats, Floats]:
+    """Intervals that do not overlap, in order, which cover what these do."""
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], np.maximum.accumulate(end[order])
+    apart = np.flatnonzero(start[1:] > end[:-1]) + 1
+    return start[np.r_[0, apart]], end[np.r_[apart - 1, len(end) - 1]]
+
+
+def _busy_until(start: Floats, end: Floats) -> Any:
+    """t -> seconds a stream with these busy intervals, disjoint and in order, was busy before t."""
+    if not len(start):
         return np.zeros_like
-    times = np.stack([start[ids], end[ids]], axis=1).ravel()
-    seconds = np.stack([np.zeros(len(ids)), end[ids] - start[ids]], axis=1).ravel().cumsum()
+    times = np.stack([start, end], axis=1).ravel()
+    seconds = np.stack([np.zeros(len(start)), end - start], axis=1).ravel().cumsum()
     return lambda t: np.interp(t, times, seconds)
 
 
@@ -324,14 +339,14 @@ def _memory(
 
 
 def chrome_trace(instructions: Sequence[Instruction], result: Simulation, *, process: str = "predicted", pid: int = 0) -> dict[str, Any]:
-    """The step as Chrome/Perfetto trace JSON: a track per stream, a counter per pool; times in microseconds."""
-    streams = {stream: tid for tid, stream in enumerate(dict.fromkeys(item.stream for item in instructions))}
+    """The step as Chrome/Perfetto trace JSON: a track per lane of a stream, a counter per pool; times in microseconds."""
+    tracks = {queue: tid for tid, queue in enumerate(dict.fromkeys(item.queue for item in instructions))}
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}}]
-    for stream, tid in streams.items():
-        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": stream}})
+    for queue, tid in tracks.items():
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": " ".join(queue).strip()}})
     starts, ends = (result.start_s * 1e6).tolist(), (result.end_s * 1e6).tolist()
     for item, begin, finish in zip(instructions, starts, ends, strict=True):
-        event = {"ph": "X", "name": item.name, "pid": pid, "tid": streams[item.stream], "ts": begin, "dur": finish - begin}
+        event = {"ph": "X", "name": item.name, "pid": pid, "tid": tracks[item.queue], "ts": begin, "dur": finish - begin}
         if item.op_class:
             event["cat"] = item.op_class
         events.append(event)

@@ -160,3 +160,19 @@ def test_micro_batches_are_simulated_once():
     assert simulate([each[0], op("update", 5)]).step_time_s == unrolled.step_time_s
     with pytest.raises(ValueError, match=r"instruction 1 \(late\) runs 3 times"):
         simulate([op("a", 1), op("late", 1, num_runs=3)])
+
+
+def test_lanes_of_a_stream_run_beside_each_other():
+    """A long message of one process group does not keep one of another waiting; what they share, they share. Reported as one stream."""
+    program = [
+        op("long", 4.0, "net", lane="a", uses=(("wire", 1.0),)),
+        op("short", 1.0, "net", lane="b", uses=(("wire", 1.0),)),
+        op("work", 3.0, waits=[1]),
+    ]
+    result = simulate(program)
+    assert result.end_s.tolist() == pytest.approx([5.0, 2.0, 5.0])
+    assert result.busy_s["net"] == pytest.approx(5.0) and result.exposed_s["net"] == pytest.approx(2.0)
+    apart = simulate([item._replace(uses=()) for item in program])
+    assert apart.end_s.tolist() == pytest.approx([4.0, 1.0, 4.0])
+    tracks = [e["args"]["name"] for e in chrome_trace(program, result)["traceEvents"] if e["name"] == "thread_name"]
+    assert tracks == ["net a", "net b", "compute"]
