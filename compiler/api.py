@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.energy import check
 from ..runtime.groups import join_job, on_first_rank
 from .analyse import Analysis, analyse
-from .capture import capture
+from .capture import LossFn, capture
 from .micro_batches import micro_batches_asked
 from .plan import Plan
 from .planner import plan_step
@@ -29,8 +28,6 @@ from .training_step import StepOptions, TrainingStep
 from .verify import VerifyReport, verify
 
 __all__ = ["Plan", "TrainingStep", "VerifyReport", "compile", "plan", "verify"]
-
-LossFn = Callable[[nn.Module, Any], Any]
 
 
 def compile(

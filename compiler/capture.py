@@ -33,6 +33,7 @@ from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
 from .views import redo_views
 
 LossFn = Callable[[nn.Module, Any], Any]
+"""(model, batch) → the loss, or a tuple that starts with it."""
 
 _LOSS_WAY_OUT = (
     "pass `loss_fn=lambda model, batch: ...` that returns a scalar loss (or a tuple that starts with it), or, for models of transformers, "

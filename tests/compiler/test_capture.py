@@ -1,109 +1,19 @@
-"""Capture: the graph, run again, gives eager PyTorch's bits; what cannot be captured says where and what to do."""
+"""Capture: the graph, run again, gives eager PyTorch's bits, and says what a plan needs to know."""
 
-import contextlib
 import dataclasses
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from capturing import assert_same_as_eager, eager, inputs_of, interpret, model_of, targets, x_of
+from torch import nn
 
 from opweave import zoo
 from opweave.compiler.capture import capture, default_loss
-from opweave.compiler.capture_errors import CaptureError
 from opweave.compiler.capture_tree import batch_tensors
-from opweave.compiler.step_graph import StepGraph
 
 TINY = [name for name in zoo.names() if name.endswith("-tiny")]
 MOE = ("mixtral-tiny", "qwen3-moe-tiny")
-
-
-def interpret(step: StepGraph, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Run the graph op by op; each result must have the shape, strides and dtype the graph says."""
-    values: dict[fx.Node, object] = {}
-
-    def look(arg):
-        if isinstance(arg, fx.Node):
-            return values[arg]
-        return [look(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
-
-    with torch.no_grad():
-        for node in step.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[node.name]
-            elif node.op == "output":
-                return tuple(values[a] for a in node.args[0])
-            else:
-                values[node] = node.target(*look(node.args), **node.kwargs)
-                check_value(node, values[node])
-    raise AssertionError("no output")
-
-
-def check_value(node, value):
-    expected = node.meta["val"]
-    if isinstance(expected, torch.Tensor):
-        assert (value.shape, value.dtype) == (expected.shape, expected.dtype), node.format_node()
-        assert value.numel() < 2 or value.stride() == expected.stride(), node.format_node()
-
-
-def inputs_of(step, model, batch, seed=1):
-    tensors = {"param": dict(model.named_parameters()), "buffer": dict(model.named_buffers()), "batch": batch_tensors(batch)}
-    found = {i.name: tensors[i.kind][i.fqn].detach().clone() for i in step.inputs if i.kind in tensors}
-    return found | {i.name: torch.tensor(seed) for i in step.inputs if i.kind == "seed"}
-
-
-def eager(model, batch, loss_fn=None, autocast=None):
-    """(loss, {fqn: gradient}) of eager PyTorch."""
-    with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
-        loss = (loss_fn or default_loss)(model, batch)
-    loss = loss[0] if isinstance(loss, tuple) else loss
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    return loss.detach(), {k: g for k, g in zip(params, grads, strict=True) if g is not None}
-
-
-def assert_same_as_eager(model, batch, loss_fn=None, autocast=None) -> StepGraph:
-    """Bit-equal loss, gradients and changed buffers."""
-    step = capture(model, batch, loss_fn=loss_fn, autocast=autocast)
-    results = interpret(step, inputs_of(step, model, batch))
-    loss, grads = eager(model, batch, loss_fn, autocast)
-    buffers = dict(model.named_buffers())
-    assert torch.equal(results[0], loss)
-    assert {o.fqn for o in step.outputs if o.kind == "grad"} == set(grads)
-    for output, result in zip(step.outputs, results, strict=True):
-        if output.kind == "grad":
-            assert torch.equal(result, grads[output.fqn]), output.fqn
-        if output.kind == "buffer":
-            assert torch.equal(result, buffers[output.fqn]), output.fqn
-    return step
-
-
-class Model(nn.Module):
-    """A linear layer and a function of (model, input) that returns the loss."""
-
-    def __init__(self, function, **modules):
-        super().__init__()
-        self.lin = nn.Linear(16, 16)
-        self.function = function
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def model_of(function, **modules):
-    torch.manual_seed(0)
-    return Model(function, **modules)
-
-
-def x_of(*shape):
-    return torch.randn(*(shape or (8, 16)), generator=torch.Generator().manual_seed(2))
-
-
-def targets(step):
-    return {str(n.target) for n in step.ops}
 
 
 # Families
@@ -223,93 +133,6 @@ def test_convolution_gradients_are_ops_of_their_own():
     assert all(sum(mask) == 1 for mask in masks)
 
 
-# In-place ops
-
-
-def _writes_to_views(m, x):
-    y = m.lin(x)
-    part = y[:, 2:6]
-    part.mul_(2)
-    y[0] = 3.0
-    y.view(4, 32).t()[0].add_(1)
-    return (y * part.sum()).sum()
-
-
-def _writes_by_index(m, x):
-    h = torch.zeros(8, 16)
-    index = torch.arange(8)
-    h.index_add_(0, index, m.lin(x))
-    h[index, index] = m.lin(x)[:, 0]
-    h.scatter_add_(1, torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1))
-    out = torch.empty(8, 16)
-    torch.add(h.detach(), 1, out=out)
-    return (h * out).sum()
-
-
-def _augmented(m, x):
-    y = m.lin(x)
-    y += 1
-    y /= 2
-    y -= x
-    y **= 2
-    y[..., 0] *= 3
-    y.permute(1, 0)[0].zero_()
-    y.diagonal().fill_(1.0)
-    y.unsqueeze_(0)
-    return y.clamp_(max=2.0).mean()
-
-
-def _reads_after_writes(m, x):
-    y = m.lin(x).clone()
-    row, rest = y[1], y[2:]
-    before = row * 2
-    y.masked_fill_(y > 0, 0.5)
-    rest.sub_(0.25)
-    return (before + row).sum() + rest.sum() + y.relu_().sum()
-
-
-def _writes_through_transposes(m, x):
-    y, z, w = m.lin(x).clone(), torch.zeros(16, 8), torch.ones(4, 2, 16)
-    y.t().copy_(torch.arange(128.0).view(16, 8))
-    z.t().add_(m.lin(x))
-    w.permute(2, 0, 1).view(16, 8)[3:5].mul_(z[3:5])
-    w.transpose(0, 1)[1].sub_(torch.ones(16))
-    return y.view(-1).sum() + (z.view(-1) * torch.arange(128.0)).sum() + w.view(-1).square().sum()
-
-
-@pytest.mark.parametrize(
-    "function", [_writes_to_views, _writes_by_index, _augmented, _reads_after_writes, _writes_through_transposes]
-)
-def test_in_place_ops_are_gone_and_right(function):
-    assert_same_as_eager(model_of(function), x_of())
-
-
-def test_changed_buffers_are_outputs():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(16, 16)
-            for name in ("count", "average", "untouched"):
-                self.register_buffer(name, torch.ones(16 if name == "average" else ()))
-
-        def forward(self, x):
-            y = self.lin(x)
-            self.count += 1
-            self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
-            return ((y - self.average) ** 2).sum() / self.count
-
-    step = assert_same_as_eager(Counts(), x_of())
-    assert [o.fqn for o in step.outputs if o.kind == "buffer"] == ["count", "average"]
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.BatchNorm1d(16, track_running_stats=False), nn.BatchNorm1d(16).eval()])
-def test_batch_norm(norm):
-    model = model_of(lambda m, x: (m.norm(m.lin(x)) ** 3).sum(), norm=norm)
-    if not norm.training:
-        model.eval()
-    assert_same_as_eager(model, x_of())
-
-
 # Parameters and batches
 
 
@@ -413,83 +236,6 @@ def test_checkpointed_layers_and_recurrent_layers():
     assert_same_as_eager(model_of(lambda m, x: m.gru(m.lin(x).view(2, 4, 16))[0].sum(), gru=gru), x_of())
 
 
-# Attention and dropout
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_attention_is_one_op_with_grouped_heads(is_causal):
-    def function(m, x):
-        q = m.lin(x).view(2, 4, 4, 4)
-        return F.scaled_dot_product_attention(q, q[:, :2], q[:, 2:], is_causal=is_causal, enable_gqa=True).square().sum()
-
-    step = assert_same_as_eager(model_of(function), x_of())
-    op = next(n for n in step.ops if n.target is torch.ops.opweave.attention.default)
-    assert [tuple(a.meta["val"].shape) for a in op.args[:3]] == [(2, 4, 4, 4), (2, 2, 4, 4), (2, 2, 4, 4)]
-    assert op.args[3:] == (None, is_causal, 0.5)
-    assert tuple(op.meta["val"][1].shape) == (2, 4, 4)
-
-
-def test_attention_with_trained_mask_or_dropout_is_decomposed():
-    def function(m, x, p=0.0):
-        q = x.view(2, 4, 4, 4)
-        return F.scaled_dot_product_attention(q, q, q, attn_mask=m.lin(x)[:4, :4], dropout_p=p).square().sum()
-
-    step = assert_same_as_eager(model_of(function), x_of())
-    assert "opweave.attention.default" not in targets(step) and "aten.bmm.default" in targets(step)
-    step = capture(model_of(functools.partial(function, p=0.5)), x_of())
-    assert "opweave.dropout_mask.default" in targets(step)
-
-
-def test_dropout_is_a_function_of_the_seed():
-    model, x = model_of(lambda m, x: F.dropout(F.dropout2d(m.lin(x).view(8, 4, 2, 2), 0.3).flatten(1), 0.5).square().sum()), x_of()
-    step = capture(model, x)
-    assert [i.name for i in step.inputs if i.kind == "seed"] == ["seed"]
-    first, again, other = (interpret(step, inputs_of(step, model, x, seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[0], other[0])
-    masks = [n for n in step.ops if n.target is torch.ops.opweave.dropout_mask.default]
-    assert [n.args[1:] for n in masks] == [(0, 0.3, [8, 4, 1, 1]), (1, 0.5, [8, 16])]
-
-
-def test_checkpointed_dropout_drops_the_same_again():
-    from torch.utils.checkpoint import checkpoint
-
-    def layer(m, z):
-        return F.dropout(m.lin(F.dropout(z, 0.2)), 0.5).tanh()
-
-    x = x_of()
-    graphs = []
-    for run in (layer, lambda m, z: checkpoint(functools.partial(layer, m), z, use_reentrant=False)):
-        model = model_of(lambda m, x, run=run: (run(m, m.lin(x)) * run(m, x)).sum())
-        step = capture(model, x)
-        assert sum(n.target is torch.ops.opweave.dropout_mask.default for n in step.ops) == 4
-        graphs.append(interpret(step, inputs_of(step, model, x)))
-    assert all(torch.equal(a, b) for a, b in zip(*graphs, strict=True))
-
-
-def test_capture_leaves_the_random_state():
-    model = model_of(lambda m, x: F.dropout(m.lin(x), 0.5).sum())
-    before = torch.get_rng_state()
-    capture(model, x_of())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_dropout_off_leaves_nothing():
-    zero, evaluated = (lambda m, x: F.dropout(m.lin(x), 0.0).sum()), (lambda m, x: F.dropout(m.lin(x), 0.5, m.training).sum())
-    for model in (model_of(zero), model_of(evaluated).eval()):
-        assert not any(i.kind == "seed" for i in capture(model, x_of()).inputs)
-
-
-def test_random_tensors_are_functions_of_the_seed():
-    def function(m, x):
-        noise = torch.rand_like(x) + torch.randn(16) + torch.empty(16).uniform_(-1, 1) + torch.empty(16).normal_(0.5, 2.0)
-        return (m.lin(x) * noise * torch.bernoulli(torch.full((16,), 0.5))).sum()
-
-    model, x = model_of(function), x_of()
-    step = capture(model, x)
-    results = [interpret(step, inputs_of(step, model, x, seed))[0] for seed in (1, 1, 2)]
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-
-
 # Optimizer
 
 
@@ -532,85 +278,3 @@ def test_gradient_clipping_is_that_of_torch(max_norm):
     for output, result in zip(step.outputs, results, strict=True):
         if output.kind == "grad":
             torch.testing.assert_close(result, model.get_parameter(output.fqn).grad, rtol=1e-12, atol=0)
-
-
-# What cannot be captured
-
-
-def _numpy(m, x):
-    return torch.from_numpy(m.lin(x).detach().numpy()).sum()
-
-
-def _changes_weights(m, x):
-    m.lin.weight.data.mul_(2)
-    return m.lin(x).sum()
-
-
-def _writes_to_expanded(m, x):
-    x[:1].expand(8, 16).add_(1)
-    return m.lin(x).sum()
-
-
-ERRORS = {
-    "item": (lambda m, x: m.lin(x).sum() * x.sum().item(), r"in the model at test_capture.py:\d+: a Python value is taken from a tensor"),
-    "branch": (lambda m, x: m.lin(x).sum() if (x > 0).all() else x.sum(), r"test_capture.py:\d+: a Python value .*torch.where"),
-    "boolean index": (lambda m, x: m.lin(x)[x > 0].sum(), r"the result of index has a shape that depends on data .* masked_fill"),
-    "nonzero": (lambda m, x: m.lin(x).sum() * x.nonzero().sum(), r"the result of nonzero has a shape that depends on data"),
-    "numpy": (_numpy, r"test_capture.py:\d+: .*replace the numpy conversion by torch ops"),
-    "shuffle": (lambda m, x: m.lin(x)[torch.randperm(8)].sum(), r"randperm draws random numbers .* pass them in the batch"),
-    "resize": (lambda m, x: m.lin(x.clone().resize_(8, 16)).sum(), r"resize_ changes a tensor in place .* make a new tensor"),
-    "expanded write": (_writes_to_expanded, r"an in-place write to a view made by expand cannot be captured; .*clone"),
-    "reference": (lambda m, x: (m.lin(x) @ m.kept[0]).sum(), r"lin.weight is used through a reference that bypasses its module"),
-    "weights": (_changes_weights, r"parameter lin.weight is changed in place during the forward pass"),
-    "detached": (lambda m, x: m.lin(x).detach().sum(), r"the loss does not depend on any parameter that requires a gradient"),
-    "shape": (lambda m, x: m.lin(x), r"the loss has the shape \(8, 16\); it must be a scalar"),
-    "integer": (lambda m, x: m.lin(x).argmax(), r"the loss has the type torch.int64"),
-    "nothing": (lambda m, x: None, r"no loss in what Model returned \(NoneType\); pass `loss_fn="),
-    "bad shapes": (lambda m, x: (m.lin(x) @ torch.ones(3, 3)).sum(), r"in the model at test_capture.py:\d+: RuntimeError: .*reduction dim"),
-    "sparse embedding": (
-        lambda m, x: F.embedding(x.long(), m.lin.weight, sparse=True).sum(),
-        r"an embedding with sparse=True cannot be captured; leave it at False",
-    ),
-    "submodule": (lambda m, x: m.sub(m.lin(x)), r"in sub at "),
-    "big constant": (lambda m, x: (m.lin(x).sum() * m.table).sum(), r"of 70000 elements .* `register_buffer`"),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_what_cannot_be_captured(name):
-    function, text = ERRORS[name]
-    modules = {"sub": nn.BatchNorm1d(16, momentum=None), "table": torch.randn(70_000)}
-    with pytest.raises(CaptureError, match=text):
-        model = model_of(function, **modules)
-        model.kept = [model.lin.weight]
-        capture(model, x_of())
-
-
-def test_autocast_of_a_device_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # as on a machine that has one
-    with pytest.raises(CaptureError, match=r'Model is called under torch.autocast\("cuda"\), .*pass `autocast=`'):
-        capture(model_of(lambda m, x: m.lin(x).sum()), x_of())
-
-
-def test_bad_models_batches_and_optimizers():
-    model, x = model_of(lambda m, x: m.lin(x).sum()), x_of()
-    with pytest.raises(CaptureError, match="has no parameter that requires a gradient"):
-        capture(nn.ReLU(), x)
-    with pytest.raises(CaptureError, match="wrapped in DataParallel; give the plain module inside"):
-        capture(nn.DataParallel(model), x)
-    with pytest.raises(CaptureError, match="wrapped in OptimizedModule"):
-        capture(torch.compile(model), x)
-    with pytest.raises(CaptureError, match=r"give a torch.nn.Module"):
-        capture(lambda x: x, x)
-    with pytest.raises(CaptureError, match=r"no tensor in the batch \(a dict\)"):
-        capture(model, {"a": 3})
-    with pytest.raises(CaptureError, match=r"capture failed in lin at .*: addmm gets float32 and float64 tensors; cast the batch"):
-        capture(model, x.double())
-    with pytest.raises(CaptureError, match=r"batch 0 has the layout torch.sparse_coo"):
-        capture(model, (x.to_sparse(),))
-    with pytest.raises(ValueError, match=r"optimizer torch.optim.rmsprop.RMSprop is not supported; supported: SGD, Adam, AdamW"):
-        capture(model, x, optimizer=torch.optim.RMSprop(model.parameters()))
-    with pytest.raises(ValueError, match=r"parameter group 0 of SGD holds a tensor of shape \(3,\) that is no parameter of the model"):
-        capture(model, x, optimizer=torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1))
-    with pytest.raises(ValueError, match="differentiable=True"):
-        capture(model, x, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True))

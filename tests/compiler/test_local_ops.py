@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.planner import plan_step
-from opweave.compiler.verify import _lockstep, _pretend_cluster
+from opweave.compiler.trainings import pretend_cluster, train_in_lockstep
 
 WORDS = 16
 
@@ -34,11 +34,11 @@ def trained(ids, labels, mesh, force):
     batch = {"ids": ids, "labels": labels}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     analysis = analyse(capture(model, batch, optimizer=optimizer))
-    plan = plan_step(analysis, _pretend_cluster(math.prod(mesh)), mesh=mesh, force=force)
+    plan = plan_step(analysis, pretend_cluster(math.prod(mesh)), mesh=mesh, force=force)
     assert plan.patterns["vocabulary parallel"] >= 3  # embedding, log-softmax and loss
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses, after, _ = _lockstep(analysis, plan, model, optimizer, batch, 1)
-    return losses[0], before, after
+    after = train_in_lockstep(analysis, plan, model, optimizer, batch, 1)
+    return after.losses[0], before, after.values
 
 
 @pytest.mark.parametrize("mesh", [(2,), (2, 2)])

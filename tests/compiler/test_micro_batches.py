@@ -35,7 +35,7 @@ from opweave.compiler.residency import DISK, HOST, KEEP, ON_DEVICE, RECOMPUTE, S
 from opweave.compiler.suggestions import what_would_fit
 from opweave.compiler.timeline import timeline
 from opweave.compiler.training_step import NonFiniteLossError, step_inputs
-from opweave.compiler.verify import computing_in
+from opweave.compiler.trainings import computing_in
 from opweave.cost_model.cluster import Cluster, Link
 from opweave.runtime import collectives, micro_batches, tiers
 from opweave.runtime.dry_run import dry_run

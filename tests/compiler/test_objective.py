@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import pytest
-import torch
+from residual_blocks import ACTIVATIONS, analysed
 from torch import nn
 from typer.testing import CliRunner
 
 import opweave as ow
 from opweave import cli
-from opweave.compiler.analyse import Analysis, analyse
-from opweave.compiler.capture import capture
 from opweave.compiler.frontier import Trials
 from opweave.compiler.limits import memory_limits
 from opweave.compiler.planner import plan_step
 from opweave.cost_model.cluster import Cluster, ClusterError, Disk, Link
 from opweave.cost_model.energy import step_joules, step_price
 
-
-class Blocks(nn.Module):
-    """Products and activations between residuals."""
-
-    def __init__(self, width: int, hidden: int, depth: int) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(width, hidden) for _ in range(depth))
-        self.downs = nn.ModuleList(nn.Linear(hidden, width) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.ups, self.downs, strict=True):
-            x = x + down(torch.nn.functional.gelu(up(x)))
-        return x.square().mean()
-
-
-@functools.cache
-def analysed(width: int, hidden: int, depth: int, batch_size: int) -> Analysis:
-    with torch.device("meta"):
-        model = Blocks(width, hidden, depth)
-        x = torch.empty(batch_size, width)
-    return analyse(capture(model, (x,), optimizer=torch.optim.AdamW(model.parameters())))
-
-
 SMALL = (64, 256, 2, 64)
-ACTIVATIONS = (64, 512, 8, 2048)
 
 
 def machine(num_devices: int = 1, *, price: float | None = 3.6, **changes: object) -> Cluster:

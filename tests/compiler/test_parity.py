@@ -34,7 +34,8 @@ from opweave.compiler.planner import plan_step
 from opweave.compiler.reshard import ReshardError, steps
 from opweave.compiler.rule_table import op_name
 from opweave.compiler.training_step import step_inputs
-from opweave.compiler.verify import VerificationError, computing_in, verify
+from opweave.compiler.trainings import computing_in
+from opweave.compiler.verify import VerificationError, verify
 from opweave.cost_model.cluster import Cluster, Link
 from opweave.runtime.lockstep import LockstepExecutor
 from opweave.runtime.sharding import unravel

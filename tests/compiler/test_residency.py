@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
+from residual_blocks import ACTIVATIONS, STATE, analysed
 
 import opweave as ow
-from opweave.compiler.analyse import Analysis, analyse
-from opweave.compiler.capture import capture
 from opweave.compiler.lower_updates import due_after, needed_again
 from opweave.compiler.place_recipes import RECIPES, check_recipe
 from opweave.compiler.planner import DoesNotFitError, plan_step
@@ -21,43 +16,6 @@ from opweave.compiler.residency import ON_DEVICE, RECOMPUTE, StatePlace, Uses, r
 from opweave.compiler.rule import tensor_args
 from opweave.compiler.rule_table import op_name
 from opweave.cost_model.cluster import Cluster, Disk, Link
-
-
-class Block(nn.Module):
-    """A product, an activation and a product, with a residual around them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
-class Blocks(nn.Module):
-    def __init__(self, width: int, hidden: int, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x.square().mean()
-
-
-@functools.cache
-def analysed(width: int, hidden: int, depth: int, batch_size: int) -> Analysis:
-    with torch.device("meta"):
-        model = Blocks(width, hidden, depth)
-        x = torch.empty(batch_size, width)
-    return analyse(capture(model, (x,), optimizer=torch.optim.AdamW(model.parameters())))
-
-
-ACTIVATIONS = (64, 512, 8, 2048)
-"""Little state, many samples: the results of the forward pass are nearly all of the memory."""
-
-STATE = (1024, 4096, 4, 64)
-"""Much state, few samples: parameters, gradients and optimizer state are nearly all of the memory."""
 
 
 def uses_of(sizes: tuple[int, int, int, int]) -> Uses:

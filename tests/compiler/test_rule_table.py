@@ -18,7 +18,7 @@ from opweave.compiler.factors import is_getitem
 from opweave.compiler.rule import RuleError, parse
 from opweave.compiler.rule_table import TABLE, op_name, rule_of
 from opweave.compiler.strategies import enumerate_strategies
-from opweave.compiler.verify import computing_in
+from opweave.compiler.trainings import computing_in
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "rules.txt"
 FAMILIES = [name for name in zoo.names() if name.endswith("-tiny")]
