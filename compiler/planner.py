@@ -83,6 +83,7 @@ _WORTH_ANOTHER_MESH = 0.1
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 20.0
 _NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step is not worth being lowered
+_SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 
 
@@ -185,7 +186,7 @@ class _Search:
 
     def _tighten(self, mesh: _Mesh) -> None:
         """Find the best plan of a mesh that fits: the loose one as it is, or one that was made for the limits."""
-        if self.places in (AUTO, NO_PLACES):
+        if self.places in (AUTO, NO_PLACES) and mesh.loose.expected_peaks()[DEVICE] <= self.limits[DEVICE] * (1 + _SUM_IS_OFF):
             outcome = self._try(mesh.loose)
             if not excess(outcome.memory.pools, self.limits):
                 mesh.best, mesh.outcome = mesh.loose, outcome
