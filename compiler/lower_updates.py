@@ -26,6 +26,8 @@ from .rule_table import UPDATE, argument, op_name
 if TYPE_CHECKING:
     from .lower import Assignment, Lowering
 
+_COPIED_PORTION = 1 / 4  # of a bucket
+
 NewValues = dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]
 _Key = tuple[str, int, StatePlace]
 
@@ -70,7 +72,7 @@ class UpdateQueue:
             bucket = self._open[key]
             bucket.append(op)
             self._filled[key] += self._num_bytes(op)
-            if self._filled[key] >= self._low.layouts.bucket_bytes:
+            if self._filled[key] >= self._call_bytes(key):
                 self._filled[key] = 0
                 self._full.append((key, self._open.pop(key)))
             while len(self._full) > (1 if math.prod(self._low.mesh) > 1 else 0):
@@ -108,10 +110,15 @@ class UpdateQueue:
             return [ops] if ops else []
         calls: list[list[fx.Node]] = [[]]
         for op in ops:
-            if calls[-1] and sum(map(self._num_bytes, calls[-1])) >= self._low.layouts.bucket_bytes:
+            if calls[-1] and sum(map(self._num_bytes, calls[-1])) >= self._call_bytes(key):
                 calls.append([])
             calls[-1].append(op)
         return [call for call in calls if call]
+
+    def _call_bytes(self, key: _Key) -> float:
+        """What is updated together: what has to be copied for it in smaller portions, since behind the last gradient everything waits for
+        the last portion to be sent, updated and written back."""
+        return self._low.layouts.bucket_bytes * (1 if key[2] == ON_DEVICE else _COPIED_PORTION)
 
     def _emit(self, key: _Key, ops: list[fx.Node]) -> None:
         kind, group, place = key

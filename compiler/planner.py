@@ -76,7 +76,7 @@ class _Form:
 _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetch=False)
 # The simulation decides among those with places. Of opt-30b in batches of 8 on one A100 the simulated step was 1.01 of the objective with
 # the first, and 1.01 to 1.1 (plans that cost alike differ) with 0.08 of the memory.
-_FORMS = {AUTO: (_LOOSE, _Form(True, 0.98, 0.12), _Form(True, 0.94, 0.12), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
+_FORMS = {AUTO: (_LOOSE, *(_Form(True, share, 0.12) for share in (0.98, 0.8, 0.0)), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
 # A step simulated this much above the next mesh's bound, which is more than usual, makes that mesh's program worth its time.
 _WORTH_ANOTHER_MESH = 0.1

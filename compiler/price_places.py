@@ -123,6 +123,7 @@ class PlacePricer:
     def add(self) -> list[PlaceNode]:
         """Add all nodes, edges and memory; called once the choices have theirs."""
         self._clock = self._running_seconds()
+        self._last_bwd = max((self._order[op] for op in self._graph.step.ops if op.meta["op"].phase != "update"), default=0) + 1
         self._allowed = place_restriction(self._recipe, self.uses, self.units, self._seconds_of, self._tiers)
         self._needed, self._needed_by_block = self._first_needs()
         for unit, num_bytes in self.units.items():
@@ -335,13 +336,15 @@ class PlacePricer:
     ) -> tuple[_Seconds, np.ndarray | float]:
         """(seconds per option, seconds that nothing hides): parameters come in for every forward and backward pass, and once more for a
         late update; where they are cast for their readers, fetches for the backward pass are in an edge (`_fetched_again`). Behind several
-        micro-batches there is no computation left to hide anything; streams run side by side."""
+        micro-batches there is no computation left to hide anything; streams run side by side. Behind the last of one batch's gradients
+        there is little: what has to follow on a gradient, and takes longer than the computation that is left, is exposed."""
         during = _Seconds()
         behind = during if self._num_runs == 1 else _Seconds()
         summed_on_host = _summed_on_host(options)
         narrow = self._narrow_share(tensor_args(op)[0], [pl for _, pl in options])
         is_cast = tensor_args(op)[0] in self.uses.casts
         deferrable = self._narrow_gradient(op) and (narrow < 1)
+        follows = np.zeros(len(options))  # seconds of what comes behind the gradient
         for tier in self._tiers:
             p_off = np.array([pl.param == tier for _, pl in options])
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
@@ -361,7 +364,15 @@ class PlacePricer:
                 for phase, share in (("", 1.0), (BWD, np.where(deferrable, 0.0, 1.0))):
                     during.add(CPU, phase, adding * share)
                     behind.add(CPU, phase, updating * share)
-        return during, 0.0 if behind is during else np.max([0.0 * p_bytes, *behind.of.values()], axis=0)
+                follows += np.where(deferrable, 0.0, updating)
+            follows += gradient + self._copy_s(tier, "out", s_bytes * s_off + p_bytes * p_off * ~on_cpu)
+        if behind is during:
+            return during, np.maximum(0.0, follows - self._left_s(op))
+        return during, np.max([0.0 * p_bytes, *behind.of.values()], axis=0)
+
+    def _left_s(self, op: fx.Node) -> float:
+        """Seconds of computation behind the gradient of an update."""
+        return float(self._clock[self._last_bwd] - self._clock[self.due[op]]) if op in self.due else 0.0
 
     def _narrow_share(self, param: fx.Node, places: Sequence[StatePlace]) -> np.ndarray:
         """Per place the share of a parameter's bytes that is fetched: less than 1 where that is its narrow form."""

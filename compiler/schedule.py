@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import fx
 
 from ..cost_model.cluster import Cluster
@@ -31,6 +32,9 @@ from .timeline import COLLECTIVES, Timeline
 _WAITS = (tiers.settle, tiers.updated)
 _NUM_QUEUES = 3  # times that the queue of collectives is looked at, and gathers moved before what they would wait for
 _GATHERS = (collectives.all_gather, collectives.all_gather_bucket)
+# What a gather of a parameter may stand behind: a piece of it, in another type, fetched.
+_FETCHES = (tiers.fetch, tiers.fetch_cast)
+_FEEDS = (collectives.take_shard, torch.ops.aten._to_copy.default, torch.ops.aten.contiguous.default, tiers.arrive, *_FETCHES)
 
 
 @dataclass(slots=True)
@@ -45,12 +49,14 @@ class _Scheduler:
     held: dict[str, int]
     place: dict[fx.Node, int] = field(default_factory=dict)
     moves: Moves = field(default_factory=list)
+    started: dict[fx.Node, str] = field(default_factory=dict)  # a start, or what feeds it, and before what it stands; the last first
     fixed: list[bool] = field(default_factory=list)  # instructions that stay where they are: others move to before one of these
     end: int = -1  # of what runs once per micro-batch: nothing moves from one side of it to the other
 
     def run(self, *, gathers: bool) -> Moves:
         self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.fixed = [node.target not in _WAITS and not self._is_start(node, gathers) for node in self.nodes]
+        moving = {fed for node in self.nodes if self._is_start(node, gathers) for fed in (node, *_feeders(node))}
+        self.fixed = [node.target not in _WAITS and node not in moving for node in self.nodes]
         self.end = next((i for i, node in enumerate(self.nodes) if node.target is micro_batches.end), -1)
         self._waits()
         self._starts(gathers)
@@ -88,7 +94,6 @@ class _Scheduler:
     # -- starts move up ---------------------------------------------------------------------------------------------------
 
     def _starts(self, gathers: bool) -> None:
-        waits, self.moves = self.moves, []
         starts = [node for node in self.nodes if self._is_start(node, gathers)]
         others = [node for node in self.nodes if node.target in collectives.STARTS and not self._is_start(node, gathers)]
         begins = self._latest(starts, [], {})
@@ -96,23 +101,26 @@ class _Scheduler:
             begins = self._latest(starts, others, self._queue(others, begins))
         for node in reversed(starts):
             behind = self.end if self.place[node] > self.end else -1
-            earliest = max([self.place.get(used, -1) for used in node.all_input_nodes] + [behind]) + 1
+            together = [node, *_feeders(node)]
+            needs = (used for item in together for used in item.all_input_nodes if used not in together)
+            earliest = max([self.place.get(used, -1) for used in needs] + [behind]) + 1
             target = max(bisect_right(self.clock, begins[node]) - 1, earliest)
-            self._move_up(node, target, sum(buffer.num_bytes for buffer in self.price[node].allocs))
+            self._move_up(together, target)
         # What is needed first starts first, also where several move to one place.
-        self.moves = waits + self.moves[::-1]
+        self.moves += [(node.name, before) for node, before in reversed(self.started.items())]
 
     def _latest(self, starts: list[fx.Node], others: list[fx.Node], ends: dict[fx.Node, float]) -> dict[fx.Node, float]:
         """When each has to start, so that it is there when it is needed. A gather goes before each of the other collectives of its lane,
         which are less urgent, that would still be under way. ends: when these are done."""
         begins: dict[fx.Node, float] = {}
         next_start: dict[tuple[str, str], float] = {}
+        moved: dict[fx.Node, float] = {}  # what has to be there when a gather starts
         waiting: dict[tuple[str, str], list[fx.Node]] = {}
         for other in others:
             waiting.setdefault(self.price[other].queue, []).append(other)
         for node in reversed(starts):
             item = self.price[node]
-            needed = min(self.clock[self.place[user]] for user in node.users)
+            needed = min(moved.get(user, self._clock(user)) for user in node.users)
             begin = min(needed, next_start.get(item.queue, needed)) - item.seconds
             before = waiting.get(item.queue, [])
             while before and self._clock(before[-1]) >= needed:
@@ -122,6 +130,7 @@ class _Scheduler:
                     break
                 begin = min(begin, self._clock(other))
             begins[node] = next_start[item.queue] = begin
+            moved |= dict.fromkeys(_feeders(node), begin)
         return begins
 
     def _queue(self, others: list[fx.Node], begins: dict[fx.Node, float]) -> dict[fx.Node, float]:
@@ -139,27 +148,43 @@ class _Scheduler:
         return self.clock[self.place[node]]
 
     def _is_start(self, node: fx.Node, gathers: bool) -> bool:
-        if node.target in (tiers.fetch, tiers.fetch_cast):
+        if node.target in _FETCHES:
             return True
         return gathers and node.target in _GATHERS and bool(node.users) and all(_is_stored(used) for used in node.all_input_nodes)
 
-    def _move_up(self, node: fx.Node, target: int, num_bytes: int) -> None:
-        at = self.place[node]
+    def _move_up(self, together: list[fx.Node], target: int) -> None:
+        """Let a start, and what it is fed by (each behind its reader), stand just before position `target`, or as near as memory allows."""
+        at = self.place[together[0]]
+        num_bytes = sum(buffer.num_bytes for node in together for buffer in self.price[node].allocs)
         over = np.flatnonzero(self.used[target:at] + num_bytes > self.limit)
         target = target + int(over[-1]) + 1 if len(over) else target
         while target < at and not self.fixed[target]:
             target += 1
         if target < at:
             self.used[target:at] += num_bytes
-            self.place[node] = target
-            self.moves.append((node.name, self.nodes[target].name))
+            for node in together:
+                if self.place[node] > target:
+                    self.place[node] = target
+                    self.started.pop(node, None)  # a fetch that moved with its gather goes on by itself
+                    self.started[node] = self.nodes[target].name
 
 
 def _is_stored(node: fx.Node) -> bool:
-    """Whether a value is there from the beginning of the step: an input, or a piece of one."""
-    while node.op == "call_function" and node.target is collectives.take_shard:
+    """Whether a value is there from the beginning of the step: an input, or what is fetched or made of one alone."""
+    while node.op == "call_function" and node.target in _FEEDS:
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "placeholder"
+
+
+def _feeders(start: fx.Node) -> list[fx.Node]:
+    """What makes the operands of a gather from inputs, behind their readers: it moves with it."""
+    out: list[fx.Node] = []
+    if start.target in _GATHERS:
+        for node in start.all_input_nodes:
+            while node.op == "call_function" and node.target in _FEEDS:
+                out.append(node)
+                node = node.args[0]  # type: ignore[assignment]
+    return out
 
 
 def schedule(program: LocalProgram, line: Timeline, cluster: Cluster, limit_bytes: float, step_s: float = 0.0) -> Moves:
