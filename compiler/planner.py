@@ -78,11 +78,9 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 # the first, and 1.01 to 1.1 (plans that cost alike differ) with 0.08 of the memory.
 _FORMS = {AUTO: (_LOOSE, *(_Form(True, share, 0.12) for share in (0.98, 0.8, 0.0)), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
-# A step simulated this much above the next mesh's bound, which is more than usual, makes that mesh's program worth its time.
-_WORTH_ANOTHER_MESH = 0.1
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 20.0
-_NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step is not worth being lowered
+_NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step, a plan or a mesh, is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 
@@ -150,7 +148,7 @@ class _Search:
         loose = sorted(itertools.starmap(self._loose, self._recipes(meshes)), key=lambda m: m.bound_s)
         best: _Mesh | None = None
         for mesh in loose:
-            if self.best_s <= mesh.bound_s * (1 + _WORTH_ANOTHER_MESH) or self._has_searched_enough():
+            if self.best_s <= mesh.bound_s * (1 + _NO_BETTER) or self._has_searched_enough():
                 break
             self._tighten(mesh)
             if mesh.best is not None and (best is None or self._simulated(mesh) < self._simulated(best)):
