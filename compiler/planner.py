@@ -80,7 +80,7 @@ _FORMS = {AUTO: (_LOOSE, *(_Form(True, share, 0.12) for share in (0.98, 0.8, 0.0
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 20.0
-_NO_BETTER = 0.02  # what is bounded by no more than this below a simulated step, a plan or a mesh, is not worth being lowered
+_NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
 
