@@ -169,8 +169,8 @@ def summary(rows: list[Row]) -> str:
     above = sum(not row["holds"] for row in rows)
     return (
         f"Of {len(rows)} rows, {len(ratios)} have a recipe that fits. The solver's plan is cheaper than the best one in "
-        f"{cheaper or 'none'}; it costs more, by over {TIE:.2%}, in {above or 'none'}. Its time over that of the best recipe: {ratios[0]:.3f} to "
-        f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}.\n"
+        f"{cheaper or 'none'}; it costs more, by over {TIE:.2%}, in {above or 'none'}. Its time over that of the best recipe: "
+        f"{ratios[0]:.3f} to {ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}.\n"
     )
 
 
