@@ -7,7 +7,8 @@ solver still picks the cheapest plan, so a recipe is as good as its expert.
     ddp          ops split the batch; parameters, gradients and optimizer state whole on every device
     zero1        ddp, with optimizer state split
     zero2        ddp, with gradients and optimizer state split
-    zero3        ddp, with parameters, gradients and optimizer state split; parameters are gathered where they are read
+    zero3        ddp, with parameters, gradients and optimizer state split; parameters are gathered where they are read, in the type in
+                 which they are read
     megatron     tensor parallel: ops split weights' features (columns, rows, heads, vocabulary, experts), never batch or sequence;
                  activations between blocks are whole
     megatron_sp  megatron, with the sequence split where no weight is involved
@@ -107,6 +108,12 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int,
             f"give a batch of {num * (size + pieces - size % pieces)}, or let the solver choose (no force)"
         )
     params = {n for n, i in zip((n for n in step.graph.nodes if n.op == "placeholder"), step.inputs, strict=True) if i.kind == "param"}
+    gradients = {tensor_args(n)[1] for n in step.ops if op_name(n) == UPDATE}
+
+    def is_cast_of_pieces(node: fx.Node, recipe: str) -> bool:
+        """What is gathered or reduced in a narrower type is cast in pieces."""
+        cast = op_name(node) == "_to_copy.default"
+        return cast and ((recipe == "zero3" and tensor_args(node)[0] in params) or (recipe in ("zero2", "zero3") and node in gradients))
 
     def op(node: fx.Node, bound: BoundOp, axis: int, codes: list[int]) -> list[int]:
         recipe = recipes[axis]
@@ -118,6 +125,8 @@ def restriction(name: str, step: StepGraph, factors: FactorMap, mesh: tuple[int,
         passes = [c for c in codes if is_pass(c)]
         if is_sum(node) and recipe in ("zero2", "zero3"):
             return [*_split_if_possible(codes), *passes]
+        if is_cast_of_pieces(node, recipe):
+            return list(dict.fromkeys([*_split_if_possible(codes), REPLICATED, *passes]))
         if recipe not in _TENSOR:
             batch = [c for c in codes if c >= 0 and atoms.get(c) in known.batch]
             return batch or [REPLICATED, *passes]
