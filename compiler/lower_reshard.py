@@ -104,8 +104,8 @@ class Resharding:
         return out
 
     def _travel(self, journey: _Journey) -> Later:
-        """Gradients that are reduced over one axis and then over another start their second leg when about a bucket of others has begun its
-        first: waiting for the first at once would let the backward pass wait for whatever is under way before it."""
+        """A gradient that is reduced over one axis and then over another starts its second leg when a few buckets of others have begun
+        their first: waiting for the first at once would let the backward pass wait for whatever is under way before it."""
         self._next_leg(journey)
         self._half_way.append(journey)
         while sum(j.num_bytes for j in self._half_way) - self._half_way[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes:
