@@ -184,7 +184,8 @@ class _Search:
 
     def _tighten(self, mesh: _Mesh) -> None:
         """Find the best plan of a mesh that fits: the loose one as it is, or one that was made for the limits."""
-        if self.places in (AUTO, NO_PLACES) and mesh.loose.expected_peaks()[DEVICE] <= self.limits[DEVICE] * (1 + _SUM_IS_OFF):
+        found = mesh.loose.solution.status != "infeasible"  # else the time was up before there was one
+        if self.places in (AUTO, NO_PLACES) and found and mesh.loose.expected_peaks()[DEVICE] <= self.limits[DEVICE] * (1 + _SUM_IS_OFF):
             outcome = self._try(mesh.loose)
             if not excess(outcome.memory.pools, self.limits):
                 mesh.best, mesh.outcome = mesh.loose, outcome
