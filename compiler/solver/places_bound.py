@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.math_opt import callback_pb2, model_parameters_pb2, model_pb2, model_update_pb2, parameters_pb2, result_pb2
 from ortools.math_opt.core.python import solver as mathopt
+from pybind11_abseil.status import StatusNotOk
 
 from .model import Model
 from .places_rows import local_polytope
@@ -157,10 +158,10 @@ class Relaxation:
         best: Relaxed | None = None
         first = True
         while first or time.perf_counter() < deadline:
-            result = self._simplex(max(deadline - time.perf_counter(), 0.05))
-            if result.termination.reason in INFEASIBLE:
+            result = self._linear(max(deadline - time.perf_counter(), 0.05))
+            if result is not None and result.termination.reason in INFEASIBLE:
                 return Relaxed(np.zeros(0), np.zeros(0), np.inf, True, {})
-            if not result.solutions or not result.solutions[0].HasField("dual_solution"):
+            if result is None or not result.solutions or not result.solutions[0].HasField("dual_solution"):
                 break
             best = self._relaxed(result.solutions[0], best)
             loads = self.loads(best.x)
@@ -204,6 +205,22 @@ class Relaxation:
         return bound - ROUNDING * abs(bound), (own - floor) * self.unit
 
     # -- the solvers ------------------------------------------------------------------------------------------------------
+
+    def _linear(self, seconds: float) -> result_pb2.SolveResultProto | None:
+        """The linear program as it is, by the solver that goes on from the last basis; where that loses its way in rounding errors (it then
+        ends "abnormally"), by the other one from nothing. None where neither has an answer."""
+        try:
+            return self._simplex(seconds)
+        except StatusNotOk:
+            self.solver = None
+        params = _parameters(seconds)
+        params.lp_algorithm = DUAL_SIMPLEX
+        initial, options = parameters_pb2.SolverInitializerProto(), model_parameters_pb2.ModelSolveParametersProto()
+        nothing = callback_pb2.CallbackRegistrationProto()
+        try:
+            return mathopt.solve(self._proto(False), HIGHS, initial, params, options, None, nothing, None, None)
+        except StatusNotOk:
+            return None
 
     def _simplex(self, seconds: float) -> result_pb2.SolveResultProto:
         params = _parameters(seconds)
