@@ -79,7 +79,7 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 _FORMS = {AUTO: (_LOOSE, *(_Form(True, share, 0.12) for share in (0.98, 0.8, 0.0)), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
-_ENOUGH_S = 20.0
+_ENOUGH_S = 30.0
 _NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
