@@ -80,6 +80,7 @@ _FORMS = {AUTO: (_LOOSE, *(_Form(True, share, 0.12) for share in (0.98, 0.8, 0.0
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 30.0
+_LEAST_S = 3.0  # what a problem that is begun gets at least
 _NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
@@ -195,6 +196,12 @@ class _Search:
             if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])
 
+    def _time_left_s(self) -> float:
+        """For a problem: as asked for; where there is a plan, of the search's time."""
+        if math.isinf(self.best_s):
+            return self.time_limit_s
+        return min(self.time_limit_s, max(_LEAST_S, _ENOUGH_S - sum(self.times.values())))
+
     def _has_searched_enough(self) -> bool:
         """Whether there is a plan and further ones are no longer worth the time."""
         return math.isfinite(self.best_s) and sum(self.times.values()) > _ENOUGH_S
@@ -206,7 +213,7 @@ class _Search:
             return True
         if self._simulated(mesh) <= mesh.bound_s * (1 + _NO_BETTER):
             return False
-        return form is not _LEAN and (mesh.best.with_places or mesh.best.solution.objective > mesh.bound_s * (1 + GAP))
+        return form is not _LEAN and (mesh.best.with_places or mesh.best.solution.objective > mesh.bound_s * (1 + _NO_BETTER))
 
     def _fit(self, mesh: _Mesh, form: _Form, *, is_last: bool) -> None:
         """Solve with limits until the program fits, too; the cheaper program, simulated, becomes the mesh's best.
@@ -298,7 +305,7 @@ class _Search:
         )  # fmt: skip
         priced = pricer.price()
         t1 = time.perf_counter()
-        solution = _solution(priced.problem, self.time_limit_s, places=form.places)
+        solution = _solution(priced.problem, self._time_left_s(), places=form.places)
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
         return Candidate(mesh, priced, solution, form.places)
