@@ -226,7 +226,7 @@ def _assign(out: Assignment, d: Decision, node: fx.Node, factors: FactorMap) -> 
     is_op = d.kind == "op"
     bound = factors.bind(node) if is_op else None
     sizes = bound.sizes if bound is not None else factors.atoms(node)
-    lowest = -1 - len(bound.linear) if bound is not None else -4 if d.kind == "value" else -1
+    lowest = -1 - len(bound.linear) if bound is not None else -4 if d.kind in ("value", "read") else -1
     if any(not lowest <= c < len(sizes) for c in d.codes) or not fits(d.codes, sizes, out.mesh):
         raise PlanError(
             f"decision {list(d.codes)} for {node.name} does not fit its dimensions on mesh {list(out.mesh)}; the plan is damaged"
