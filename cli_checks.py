@@ -45,6 +45,8 @@ from .cli_tables import (
 )
 from .cost_model.cluster import Cluster
 
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")]
+
 
 @app.command()
 @reports_errors
@@ -116,7 +118,7 @@ def _rebuilt(spec: str, made: Any) -> tuple[Any, Any, Any]:
 @app.command()
 @reports_errors
 def simulate(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
+    plan_file: PlanArgument,
     cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Price it for this cluster instead of the plan's.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Write the timeline as Chrome/Perfetto trace JSON.")] = None,
     as_json: JsonOption = False,
@@ -187,7 +189,7 @@ def _show_simulation(line: Any, result: Any, made: Any, where: Any, stages_s: di
 @app.command()
 @reports_errors
 def compare(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file made by `opweave plan`.")],
+    plan_file: PlanArgument,
     cluster: Annotated[str | None, typer.Option("--cluster", "-c", help="Predict with this cluster instead of the plan's.")] = None,
     profile: Annotated[Path | None, typer.Option("--profile", help="Read this recorded profile instead of running.")] = None,
     record: Annotated[Path | None, typer.Option("--record", help="Write the profile of this run.")] = None,

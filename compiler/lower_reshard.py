@@ -87,7 +87,7 @@ class Resharding:
         """A local tensor of a value brought into another layout; the last collective is waited for when the result is asked for."""
         legs = self._legs(source, target)
         if bucket and sum(step.kind not in _LOCAL for step, _ in legs) > 1:
-            return self._travel(_Journey(value, ready(node), legs, self._local_bytes(value, source)))
+            return self._travel(_Journey(value, ready(node), legs, _local_bytes(value, self._spec(value, source))))
         later = ready(node)
         for i, (step, axes) in enumerate(legs):
             later = self._step(value, later(), step, axes, bucket=bucket and i == len(legs) - 1)
@@ -108,7 +108,7 @@ class Resharding:
         their first: waiting for the first at once would let the backward pass wait for whatever is under way before it."""
         self._next_leg(journey)
         self._half_way.append(journey)
-        while sum(j.num_bytes for j in self._half_way) - self._half_way[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes:
+        while self._has_waited(self._half_way):
             oldest = self._half_way.popleft()
             self._next_leg(oldest)
             if oldest.legs:
@@ -131,8 +131,9 @@ class Resharding:
             if step.kind not in _LOCAL:
                 break
 
-    def _local_bytes(self, value: fx.Node, layout: Layout) -> float:
-        return math.prod(self._spec(value, layout).local_shape()) * value.meta["val"].element_size()
+    def _has_waited(self, queue: deque[_Bucket] | deque[_Journey]) -> bool:
+        """Whether so much is behind the first of a queue that it has had the time."""
+        return sum(item.num_bytes for item in queue) - queue[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes
 
     def _step(self, value: fx.Node, x: fx.Node, step: Step, axes: tuple[int, ...], *, bucket: bool) -> Later:
         spec = self._spec(value, step.before)
@@ -177,7 +178,7 @@ class Resharding:
         bucket = self._buckets.setdefault(full, _Bucket())
         at = len(bucket.items)
         bucket.items.append((x, place))
-        bucket.num_bytes += math.prod(spec.local_shape()) * val.element_size()
+        bucket.num_bytes += _local_bytes(value, spec)
         if bucket.num_bytes >= self.bucket_bytes:
             self._send(full)
 
@@ -200,7 +201,7 @@ class Resharding:
         self._start(bucket, key)
         if key[0] != "all_gather":
             self._under_way.append(bucket)
-            while sum(b.num_bytes for b in self._under_way) - self._under_way[0].num_bytes > _NUM_UNDER_WAY * self.bucket_bytes:
+            while self._has_waited(self._under_way):
                 self._wait(self._under_way.popleft())
 
     def _start(self, bucket: _Bucket, key: tuple[Any, ...]) -> None:
@@ -217,3 +218,8 @@ class Resharding:
         else:
             dims, outers = [p[0] for p in places], [p[1] for p in places]
             bucket.sent = self._e.start(target, xs, axes, dims, outers, *([op] if op else []))
+
+
+def _local_bytes(value: fx.Node, spec: ShardSpec) -> int:
+    """Of the piece of a value on one device."""
+    return math.prod(spec.local_shape()) * value.meta["val"].element_size()

@@ -56,7 +56,7 @@ def test_two_ranks_train_like_one_process(two_ranks):
 @pytest.mark.slow
 def test_jobs_that_do_not_fit_are_refused_on_all_ranks(two_ranks):
     for text in (
-        "needs 4 ranks, but this job has 2",
+        "the mesh 4 needs 4 ranks, but this job has 2",
         "the ranks of this job do not run the same program",
         "plan differs (rank 0:",
         "options differs (rank 0:",

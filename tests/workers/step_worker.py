@@ -127,7 +127,7 @@ def two(folder):
     parity(folder, "mixtral-tiny", 3, cluster=cluster(2), force="megatron")
 
     mlp, batch = load("mlp-tiny")
-    refused(GroupError, "needs 4 ranks, but this job has 2", lambda: train_on(mlp, batch, 4))
+    refused(GroupError, "the mesh 4 needs 4 ranks, but this job has 2", lambda: train_on(mlp, batch, 4, mesh=(4,)))
     other = torch.nn.Sequential(torch.nn.Linear(64, 64 if dist.get_rank() else 32))
 
     def loss_fn(model, batch):
