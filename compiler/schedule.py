@@ -169,22 +169,23 @@ class _Scheduler:
                     self.started[node] = self.nodes[target].name
 
 
+def _chain(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """What a value goes through since it was fetched or read, the last first, and where it comes from."""
+    passed: list[fx.Node] = []
+    while node.op == "call_function" and node.target in _FEEDS:
+        passed.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return passed, node
+
+
 def _is_stored(node: fx.Node) -> bool:
     """Whether a value is there from the beginning of the step: an input, or what is fetched or made of one alone."""
-    while node.op == "call_function" and node.target in _FEEDS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return _chain(node)[1].op == "placeholder"
 
 
 def _feeders(start: fx.Node) -> list[fx.Node]:
     """What makes the operands of a gather from inputs, behind their readers: it moves with it."""
-    out: list[fx.Node] = []
-    if start.target in _GATHERS:
-        for node in start.all_input_nodes:
-            while node.op == "call_function" and node.target in _FEEDS:
-                out.append(node)
-                node = node.args[0]  # type: ignore[assignment]
-    return out
+    return [passed for node in start.all_input_nodes for passed in _chain(node)[0]] if start.target in _GATHERS else []
 
 
 def schedule(program: LocalProgram, line: Timeline, cluster: Cluster, limit_bytes: float, step_s: float = 0.0) -> Moves:
