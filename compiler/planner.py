@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 
 GAP = 1e-4
 """Plans are proven to within this share of the best possible predicted time."""
-PLACES_GAP = 1e-3
-"""The same for plans that also choose where tensors live."""
-
 
 _WAYS_OUT = (
     "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit; opweave.what_would_fit(model, cluster, batch, ...) "
@@ -305,13 +302,17 @@ class _Search:
         )  # fmt: skip
         priced = pricer.price()
         t1 = time.perf_counter()
-        solution = _solution(priced.problem, self._time_left_s(), places=form.places)
+        solution = _solution(priced.problem, self._time_left_s())
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
         return Candidate(mesh, priced, solution, form.places)
 
     def _reason(self, text: str, limits: Limits) -> str:
         """The solver's reason with the op and its module in place of a time."""
+        if together := _TOGETHER.search(text):
+            least, limit = map(int, together.groups()[1:])
+            pools = together.group(1).replace("'", "the ", 1).replace("and '", "and the ").replace("'", "")
+            return f"the leanest plan needs {least:,} bytes of {pools} together, {least - limit:,} too many"
         found = _LEAST.search(text)
         if found is None:
             return text
@@ -347,13 +348,13 @@ def _checked(mesh: tuple[int, ...], cluster: Cluster) -> tuple[int, ...]:
     return tuple(mesh)
 
 
-def _solution(problem: SelectionProblem, time_limit_s: float, *, places: bool = False) -> Solution:
+def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
     # Here and not above: running a plan that was made elsewhere needs no solver to be installed.
     from .solver import nothing_printed, solve, warm_up
 
     with nothing_printed():
         warm_up()
-        return solve(problem, time_limit_s=time_limit_s, gap=PLACES_GAP if places else GAP)
+        return solve(problem, time_limit_s=time_limit_s, gap=GAP)
 
 
 def _head(analysis: Analysis, cluster: Cluster, limits: Limits) -> str:
@@ -362,4 +363,5 @@ def _head(analysis: Analysis, cluster: Cluster, limits: Limits) -> str:
     return f"{name} does not fit on {cluster.name!r}: every device ({cluster.device.name}) has {int(limits[DEVICE]):,} usable bytes{others}"
 
 
+_TOGETHER = re.compile(r"pools (.+) together need at least (\d+) bytes at time \d+, their limits are (\d+)")
 _LEAST = re.compile(r"needs at least (\d+) bytes at time (\d+)")

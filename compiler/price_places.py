@@ -97,6 +97,7 @@ class PlacePricer:
         self.due = {op: self._order[node] for node, ops in due_after(self.uses, {}).items() for op in ops}
         self.gradient_end = {tensor_args(op)[1]: at + 1 for op, at in self.due.items()}
         self._nodes: dict[fx.Node, PlaceNode] = {}
+        self._between: dict[tuple[int, bytes], int] = {}  # (choice, which options are alike) → node
         self._casts = set(self.uses.casts.values())
 
     # -- what is decided --------------------------------------------------------------------------------------------------
@@ -225,7 +226,22 @@ class PlacePricer:
             fits = pieces[:, None] == np.array([c for c, _ in node.options])[None, :]
             cost = np.where(fits, cost, _FORBIDDEN)
         if np.any(cost):
+            self._edge(choice, node, cost, streams or {})
+
+    def _edge(self, choice: Choice, node: PlaceNode, cost: np.ndarray, streams: dict[str, np.ndarray]) -> None:
+        """An edge between a choice and a place. Options of the choice that mean the same to the place stand behind one option of a node
+        between the two, which the places of all equal layers share: a quarter of the entries, and less."""
+        lines, group = np.unique(np.hstack([cost, *streams.values()]), axis=0, return_inverse=True)
+        if 2 * len(lines) > len(cost):
             self._pricer.builder.add_edge(choice.index, node.index, cost, streams)
+            return
+        key = choice.index, group.tobytes()
+        if key not in self._between:
+            self._between[key] = self._pricer.builder.add_node(np.zeros(len(lines)))
+            belongs = group[:, None] == np.arange(len(lines))[None, :]
+            self._pricer.builder.add_edge(choice.index, self._between[key], np.where(belongs, 0.0, _FORBIDDEN))
+        parts = np.hsplit(lines, 1 + len(streams))
+        self._pricer.builder.add_edge(self._between[key], node.index, parts[0], dict(zip(streams, parts[1:], strict=True)))
 
     def _unit_memory(self, unit: fx.Node, node: PlaceNode, local: np.ndarray) -> None:
         uses, order = self.uses, self._order
@@ -324,7 +340,7 @@ class PlacePricer:
                 saved = self._pricer.op_costs[update.index][:, None] * np.array([pl.update == HOST for _, pl in options])[None, :]
                 cost = cost - saved
             if np.any(cost):
-                self._pricer.builder.add_edge(choice.index, node.index, cost)
+                self._edge(choice, node, cost, {})
         self._state_memory(param, op, node, p_bytes, s_bytes)
         if param in self.sums:
             g_bytes, on_host = num_elements * param.meta["val"].element_size() / _pieces(options, _SUM), _summed_on_host(options)

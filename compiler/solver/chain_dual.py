@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ortools.linear_solver import pywraplp
 
+from .fold import Fold, collapse, expand, fold
 from .forest import clear_forest, grow_forest, new_scratch, solve_forest
 from .graph import build_graph
 from .marginals import needless
@@ -35,6 +36,9 @@ SETTLED = 0.5
 
 GRAIN = 0.3
 """Part of what is still open that a few rounds of messages should gain."""
+
+FOLDED_ROUNDS, FOLDED_GRAIN = 60, 0.03
+"""The same of a folded model, whose rounds cost a tenth."""
 
 POLISH_IDLE = 2
 """Moves in a row, each without a gain of this part of what is open, after which a selection counts as settled."""
@@ -122,45 +126,78 @@ class Master:
 
 
 class Dual:
-    """The dual of one model: messages kept from trial to trial, the best point and its bound."""
+    """The dual of one model: messages kept from trial to trial, the best point and its bound. folded: pass messages over the folded model
+    (see ``fold``) as long as it is not told to `unfold`; selections met are then such in which equal nodes choose alike."""
 
-    def __init__(self, model: Model, offer: Offer, deadline: float, seed: int) -> None:
-        self.model, self.offer, self.deadline = model, offer, deadline
-        self.graph = build_graph(model)
-        self.base = self.graph.matrix.copy()
-        self.streams = [_stream_matrix(model, s) for s in range(model.num_streams)]
-        self.own_cost = self.graph.cost.copy()
-        self.msg_off, self.msg = new_messages(self.graph)
-        self.scratch, self.random = new_scratch(self.graph, seed), np.random.default_rng(seed)
+    def __init__(self, model: Model, offer: Offer, deadline: float, seed: int, *, folded: bool = False) -> None:
+        self.model, self.offer, self.deadline, self.seed = model, offer, deadline, seed
+        self.usage: list[np.ndarray] = []
+        self.slots: list[int] = []
+        self._take_graph(fold(model) if folded else None)
+        self.random = np.random.default_rng(seed)
         self.unit = np.ones(model.num_slots)
         for pool in np.unique(model.slot_pool):
             here = model.slot_pool == pool
             self.unit[here] = max(float(model.slot_limit[here].max()), 1.0)
         self.cuts: list[Cut] = []
         self.mixture: list[tuple[float, Cut]] = []
-        self.usage: list[np.ndarray] = []
-        self.slots: list[int] = []
         self.bound, self.upper = -math.inf, math.inf
         self.chosen: np.ndarray | None = None  # the selection that costs ``upper``, where this dual has met it
         self.rounds = 0
         self.best = Point(np.zeros(0), np.zeros(model.num_streams))
         self.ceiling = _ceiling(model)
 
+    def _take_graph(self, folded: Fold | None) -> None:
+        """Pass messages over the folded model, or the whole one."""
+        self.folded = folded
+        self.part = self.model if folded is None else folded.small
+        self.graph = build_graph(self.part)
+        self.base = self.graph.matrix.copy()
+        self.streams = [_stream_matrix(self.part, s) for s in range(self.part.num_streams)]
+        self.own_cost = self.graph.cost.copy()
+        self.msg_off, self.msg = new_messages(self.graph)
+        self.scratch = new_scratch(self.graph, self.seed)
+
+    def unfold(self) -> None:
+        """Go on with the whole model, from the same messages."""
+        if self.folded is not None:
+            before, graph, off, msg = self.folded, self.graph, self.msg_off, self.msg
+            self._take_graph(None)
+            self.msg[:] = expand(before, graph, off, msg, self.graph, self.msg_off)
+            self.usage = [slot_usage(self.model, k) / self.unit[k] for k in self.slots]
+
+    def _fold_finer(self, before: Fold) -> None:
+        """Fold again, so that equal nodes agree in the slots in use."""
+        small, off, msg = self.graph, self.msg_off, self.msg
+        usages = [slot_usage(self.model, k) / self.unit[k] for k in self.slots]
+        finer = fold(self.model, usages)
+        whole = build_graph(self.model)
+        whole_off, _ = new_messages(whole)
+        msg = expand(before, small, off, msg, whole, whole_off)
+        self._take_graph(finer)
+        self.msg[:] = msg if finer is None else collapse(finer, self.graph, self.msg_off, whole, whole_off, msg)
+        self.usage = usages if finer is None else [finer.sums(u) for u in usages]
+
     def restrict(self, forbidden: np.ndarray) -> None:
         """Search only among the strategies not ``forbidden`` (bool per strategy)."""
+        assert self.folded is None, "parts are made of the whole model"
         self.graph.cost[:] = np.where(forbidden, self.graph.big, self.own_cost)
 
     def add_slot(self, k: int) -> None:
         """Give slot ``k`` a price of its own, zero so far."""
         self.slots.append(k)
-        self.usage.append(slot_usage(self.model, k) / self.unit[k])
+        usage = slot_usage(self.model, k) / self.unit[k]
+        if self.folded is not None and not self.folded.is_even(usage):
+            self._fold_finer(self.folded)
+        else:
+            self.usage.append(usage if self.folded is None else self.folded.sums(usage))
 
     def price(self, point: Point) -> tuple[np.ndarray, float]:
         """Node costs and constant under ``point``; sets the edge matrices."""
         m = self.model
         np.copyto(self.graph.matrix, self.base)
         unary, constant = self.graph.cost.copy(), m.constant
-        for w, matrix, node, fixed in zip(point.weight, self.streams, m.node_stream, m.stream_constant, strict=True):
+        for w, matrix, node, fixed in zip(point.weight, self.streams, self.part.node_stream, m.stream_constant, strict=True):
             if w > 0:
                 np.add(self.graph.matrix, w * matrix, out=self.graph.matrix)
                 unary += w * node
@@ -172,8 +209,10 @@ class Dual:
         return unary, float(constant)
 
     def cut(self, x: np.ndarray) -> Cut:
-        """The cut of ``x``; offers ``x`` if it fits."""
+        """The cut of ``x``, a selection of the model that messages are passed over; offers it if it fits."""
         m = self.model
+        if self.folded is not None:
+            x = x[self.folded.colour]
         over = m.loads(x) - m.slot_limit
         stream = m.streams(x)
         entries = np.concatenate([m.cost[m.node_off[:-1] + x], m.edge_cost[m.edge_entries(x)]])
@@ -187,7 +226,7 @@ class Dual:
     def trial(self, point: Point, rounds: int, tolerance: float, grain: float) -> Cut:
         """Raise the bound at ``point`` until rounds gain less than ``grain``; returns the cut of the best selection met there."""
         unary, constant = self.price(point)
-        x = np.zeros(self.model.num_nodes, dtype=np.int64)
+        x = np.zeros(self.part.num_nodes, dtype=np.int64)
         value, best, last, reached = math.inf, None, -math.inf, -math.inf
         for i in range(rounds):
             forward(unary, self.msg_off, self.msg, self.graph, x)
@@ -210,7 +249,7 @@ class Dual:
 
     def _polish(self, point: Point, unary: np.ndarray, cut: Cut, target: float) -> Cut:
         """Exact moves on random forests at fixed prices; every selection on the way is offered."""
-        x, value, idle = cut.x.copy(), self.value(point, cut), 0
+        x, value, idle = self._members(cut.x), self.value(point, cut), 0
         self.scratch.unary[:] = unary
         while value > target and idle < POLISH_IDLE:
             count = grow_forest(self.random.permutation(len(x)), len(x), self.graph, self.scratch)
@@ -222,6 +261,14 @@ class Dual:
             if here < value:
                 cut, value = new, here
         return cut
+
+    def _members(self, x: np.ndarray) -> np.ndarray:
+        """The selection of the model that messages are passed over, of one in which equal nodes choose alike."""
+        if self.folded is None:
+            return x.copy()
+        out = np.zeros(self.part.num_nodes, dtype=np.int64)
+        out[self.folded.colour] = x
+        return out
 
     def value(self, point: Point, cut: Cut) -> float:
         """The priced cost of a cut's selection at ``point``."""
@@ -257,7 +304,8 @@ class Dual:
             mixed = sum((w * c.over for w, c in zip(weights, master.cuts, strict=True) if w > 1e-9), np.zeros(self.model.num_slots))
             before = self.bound
             fine = 0.1 * gap * self._scale()
-            cut = self.trial(_between(self.best, goal, STEP), 12, fine, max(fine, GRAIN * (top - self.bound)))
+            rounds, grain = (12, GRAIN) if self.folded is None else (FOLDED_ROUNDS, FOLDED_GRAIN)
+            cut = self.trial(_between(self.best, goal, STEP), rounds, fine, max(fine, grain * (top - self.bound)))
             master.add_cut(cut)
             if grow and (self.bound > before or self.upper == math.inf):
                 master.widen(4.0 * master.box)
@@ -294,6 +342,7 @@ class Dual:
 
     def forbid(self, points: list[Point], upper: float) -> Model:
         """The model without the strategies and pairs that no selection below ``upper`` uses."""
+        assert self.folded is None, "what is forbidden is forbidden for one node"
         nodes, pairs = np.zeros(len(self.model.cost), dtype=bool), np.zeros(len(self.base), dtype=bool)
         room = upper + 1e-9 * abs(upper)
         for point in points:

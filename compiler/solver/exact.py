@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from ortools.math_opt import model_pb2, parameters_pb2, result_pb2
-from ortools.math_opt.core.python import solver as mathopt_solver
 
+from .highs import run_highs
 from .model import Model, slot_sums
 
-HIGHS = parameters_pb2.SOLVER_TYPE_HIGHS
 RELAXED_SHARE = 0.3
 """Of the time left, for one solve of the linear relaxation."""
 
@@ -227,7 +226,7 @@ class Mip:
         params.random_seed = seed % (2**31 - 1)
         if work_limit is not None:
             params.node_limit = work_limit
-        return mathopt_solver.solve(self._proto(relaxed), HIGHS, _init_args(), params, _model_params(), None, _no_callback(), None, None)
+        return run_highs(self._proto(relaxed), params)
 
     def _proto(self, relaxed: bool = False) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()
@@ -272,19 +271,3 @@ def _edge_strategies(model: Model, nodes: np.ndarray) -> np.ndarray:
     first = np.cumsum(sizes) - sizes
     strategy = np.arange(len(edge)) - first[edge] + model.node_off[nodes][edge]
     return edge * (len(model.cost) + 1) + strategy
-
-
-def _init_args():  # type: ignore[no-untyped-def]
-    return parameters_pb2.SolverInitializerProto()
-
-
-def _model_params():  # type: ignore[no-untyped-def]
-    from ortools.math_opt import model_parameters_pb2
-
-    return model_parameters_pb2.ModelSolveParametersProto()
-
-
-def _no_callback():  # type: ignore[no-untyped-def]
-    from ortools.math_opt import callback_pb2
-
-    return callback_pb2.CallbackRegistrationProto()

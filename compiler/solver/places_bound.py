@@ -20,10 +20,11 @@ from ortools.math_opt import callback_pb2, model_parameters_pb2, model_pb2, mode
 from ortools.math_opt.core.python import solver as mathopt
 from pybind11_abseil.status import StatusNotOk
 
+from .highs import run_highs
 from .model import Model
 from .places_rows import local_polytope
 
-GLOP, HIGHS = parameters_pb2.SOLVER_TYPE_GLOP, parameters_pb2.SOLVER_TYPE_HIGHS
+GLOP = parameters_pb2.SOLVER_TYPE_GLOP
 DUAL_SIMPLEX = parameters_pb2.LP_ALGORITHM_DUAL_SIMPLEX
 INFEASIBLE = (result_pb2.TERMINATION_REASON_INFEASIBLE, result_pb2.TERMINATION_REASON_INFEASIBLE_OR_UNBOUNDED)
 
@@ -215,10 +216,8 @@ class Relaxation:
             self.solver = None
         params = _parameters(seconds)
         params.lp_algorithm = DUAL_SIMPLEX
-        initial, options = parameters_pb2.SolverInitializerProto(), model_parameters_pb2.ModelSolveParametersProto()
-        nothing = callback_pb2.CallbackRegistrationProto()
         try:
-            return mathopt.solve(self._proto(False), HIGHS, initial, params, options, None, nothing, None, None)
+            return run_highs(self._proto(False), params)
         except StatusNotOk:
             return None
 
@@ -263,10 +262,10 @@ class Relaxation:
             params = _parameters(max(deadline - time.perf_counter(), 0.05))
             params.relative_gap_tolerance, params.absolute_gap_tolerance = gap, 0.0
             params.node_limit, params.random_seed = num_nodes, seed % (2**31 - 1)
-            nothing = callback_pb2.CallbackRegistrationProto()
-            options = model_parameters_pb2.ModelSolveParametersProto()
-            initial = parameters_pb2.SolverInitializerProto()
-            result = mathopt.solve(self._proto(True), HIGHS, initial, params, options, None, nothing, None, None)
+            try:
+                result = run_highs(self._proto(True), params)
+            except StatusNotOk:
+                break
             if result.termination.reason in INFEASIBLE:
                 return Integral(None, np.inf)
             dual = result.termination.objective_bounds.dual_bound * self.unit

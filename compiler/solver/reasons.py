@@ -26,8 +26,34 @@ def least_memory(problem: SelectionProblem, model: Model) -> str:
     least = model.least_loads()
     over = least - model.slot_limit
     if not (over > 0).any():
-        return ""
+        return _least_together(problem, model)
     return slot_reason(problem, model, int(over.argmax()), float(least[over.argmax()]))
+
+
+def _least_together(problem: SelectionProblem, model: Model) -> str:
+    """Why no choice fits all pools together, whichever of them it takes, at a time when one of them is fullest; or nothing."""
+    pools = np.unique(model.slot_pool)
+    if len(pools) < 2:
+        return ""
+    share = model.least_loads() / np.maximum(model.slot_limit, 1.0)
+    limit = float((problem.limits + problem.tolerance())[pools].sum())
+    for pool in pools:
+        here = np.flatnonzero(model.slot_pool == pool)
+        at = int(model.slot_time[here[share[here].argmax()]])
+        least = float(np.minimum.reduceat(_bytes_at(problem, pools, at), problem.node_offsets()[:-1]).sum())
+        if least > limit:
+            names = " and ".join(repr(problem.pools[p]) for p in pools)
+            return f"pools {names} together need at least {least:.0f} bytes at time {at}, their limits are {limit:.0f}"
+    return ""
+
+
+def _bytes_at(problem: SelectionProblem, pools: np.ndarray, at: int) -> np.ndarray:
+    """float64[strategies]: bytes in all of ``pools`` at a time."""
+    live = np.isin(problem.usage_pool, pools) & (problem.usage_start <= at) & (at < problem.usage_end)
+    length = np.diff(problem.usage_offsets())
+    row = np.repeat(np.arange(len(length)), length)
+    entry = problem.node_offsets()[problem.usage_node][row] + np.arange(len(row)) - problem.usage_offsets()[:-1][row]
+    return np.bincount(entry[live[row]], problem.usage_bytes[live[row]], len(problem.node_cost))
 
 
 def why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:

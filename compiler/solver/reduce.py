@@ -11,6 +11,9 @@ import numpy as np
 
 from .model import Model, row_extremes
 
+MOST_GROWTH = 8
+"""Entries that tying a node to its parent may add to its other edges, in units of the entries of the edge that goes."""
+
 
 def adjacency(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Incident edges of each node: offsets int64[N + 1] and edge indices int64[2 E]."""
@@ -292,8 +295,15 @@ def _leaf_pairs(node_off, nodes, eu, ev, edge_off, mat, adj_off, adj_edge, nrow_
 
 @numba.njit(cache=True, nogil=True)
 def tied_parents(node_off, cost, eu, ev, edge_off, mat):  # type: ignore[no-untyped-def]
-    """For each node a parent that decides it (-1: none), acyclic, and the table: each strategy of the parent allows one of the node's."""
+    """For each node a parent that decides it (-1: none), acyclic, and the table: each strategy of the parent allows one of the node's.
+
+    A node with many neighbours and few strategies stays beside a parent with many: its edges would grow more than the model shrinks.
+    """
     n = len(node_off) - 1
+    width = np.zeros(n, np.int64)  # strategies of all neighbours
+    for e in range(len(eu)):
+        width[eu[e]] += node_off[ev[e] + 1] - node_off[ev[e]]
+        width[ev[e]] += node_off[eu[e] + 1] - node_off[eu[e]]
     parent = np.full(n, -1, np.int64)
     via = np.full(n, -1, np.int64)
     for e in range(len(eu)):
@@ -302,6 +312,8 @@ def tied_parents(node_off, cost, eu, ev, edge_off, mat):  # type: ignore[no-unty
         for side in range(2):
             up, down, num_up, num_down = (u, v, nu, nv) if side == 0 else (v, u, nv, nu)
             if parent[down] >= 0 or num_down > num_up:
+                continue
+            if (num_up - num_down) * (width[down] - num_up) > MOST_GROWTH * num_up * num_down:
                 continue
             top = up
             while parent[top] >= 0:
@@ -332,10 +344,10 @@ def tied_parents(node_off, cost, eu, ev, edge_off, mat):  # type: ignore[no-unty
         if parent[v] < 0:
             continue
         e, up = via[v], parent[v]
-        width = node_off[ev[e] + 1] - node_off[ev[e]]
+        stride = node_off[ev[e] + 1] - node_off[ev[e]]
         for i in range(node_off[up + 1] - node_off[up]):
             for j in range(node_off[v + 1] - node_off[v]):
-                entry = edge_off[e] + (i * width + j if ev[e] == v else j * width + i)
+                entry = edge_off[e] + (i * stride + j if ev[e] == v else j * stride + i)
                 if mat[entry] != np.inf:
                     link[link_off[v] + i] = j
     return parent, link_off, link

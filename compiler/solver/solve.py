@@ -86,7 +86,8 @@ def _run_engines(start: Start, engine: EngineName, best: _Best, deadline: float,
 def _fitting(model: Model) -> list[EngineName]:
     """The engines for a reduced model, the most special first."""
     fits = {"places": places.fits(model), "structured": structured.fits(model), "general": True}
-    return [name for name in ENGINES if fits[name]]
+    first: tuple[EngineName, ...] = ENGINES if len(model.edge_cost) <= structured.PLACES_ENTRIES else ("structured", "places", "general")
+    return [name for name in first if fits[name]]
 
 
 class _Best:

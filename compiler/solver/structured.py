@@ -20,6 +20,7 @@ import time
 
 import numpy as np
 
+from . import places
 from .chain_branch import EXACT_ENTRIES, Search, solve_exactly
 from .chain_dual import Dual, Point
 from .graph import build_flows, build_graph, build_rows
@@ -38,6 +39,9 @@ MOST_SPLITS = 400
 WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Stream weights at which strategies are tested besides the best point: what loads a stream far too much shows at high ones."""
 
+
+PLACES_ENTRIES = 200_000
+"""Finite edge entries up to which a remainder with several streams goes to the engine for places."""
 
 MOVES_PER_NODE, HOT = 5, 0.03
 """Of the local search: moves per node of the model, starting noise in units of cost per node."""
@@ -64,6 +68,8 @@ class Structured:
         while not self.done():
             entries = self._entries()
             dual = self._raise()
+            if not self.done() and self.reduced.model.num_streams > 1:
+                self._probe(dual)
             if not self.done() and (stalled or self._relative() > SHRINK_GAP):
                 self._press(dual)
             if self.done() or self._impossible(dual, dual.bound):
@@ -124,9 +130,10 @@ class Structured:
         return True
 
     def _raise(self) -> Dual:
-        dual = Dual(self.reduced.model, self._offer, self.deadline, self.seed)
+        dual = Dual(self.reduced.model, self._offer, self.deadline, self.seed, folded=True)
         dual.upper = self.objective
         dual.ascend(0.5 * self.gap, 60)
+        dual.unfold()
         self.bound = max(self.bound, min(dual.bound, self.objective))
         return dual
 
@@ -150,10 +157,9 @@ class Structured:
             reduced = presolve(dual.forbid([dual.best], cutoff))
             bound, last = math.inf, self.objective
             if not reduced.infeasible and not (reduced.model.slot_limit < 0).any():
-                if np.isfinite(reduced.model.edge_cost).sum() > EXACT_ENTRIES:
+                if not _is_small(reduced.model):
                     break
-                now = time.perf_counter()
-                x, bound = solve_exactly(reduced.model, now + PROBE_SHARE * (self.deadline - now), 0.25 * self.gap, self.seed)
+                x, bound = self._rest(reduced.model)
                 if x is not None:
                     dual.cut(reduced.undo(x))
             self.bound = max(self.bound, min(bound, cutoff, self.objective))
@@ -161,6 +167,16 @@ class Structured:
                 break
             slack *= WIDEN
         return self.objective < before
+
+    def _rest(self, model: Model) -> tuple[np.ndarray | None, float]:
+        """A selection of what a probe leaves, and its bound; none and infinity where there is none."""
+        now = time.perf_counter()
+        deadline = now + PROBE_SHARE * (self.deadline - now)
+        if np.isfinite(model.edge_cost).sum() <= EXACT_ENTRIES:
+            return solve_exactly(model, deadline, 0.25 * self.gap, self.seed)
+        run = places.Places(Reduced(model), deadline, 0.25 * self.gap, self.seed, lambda objective, bound: None)
+        run.run()
+        return run.x, math.inf if run.infeasible else run.bound
 
     def _improve(self, dual: Dual, start: np.ndarray) -> None:
         """Local search from ``start`` under the true limits and streams; what fits goes to the dual, which offers it."""
@@ -202,6 +218,12 @@ def solve_structured(start: Start, deadline: float, gap: float, seed: int, offer
 def fits(model: Model) -> bool:
     """Whether a reduced model is of this kind. Without streams the general engine's bound is as good, and its search is made for that."""
     return model.num_streams > 0 and model.num_nodes <= MOST_NODES and len(model.edge_cost) <= MOST_ENTRIES
+
+
+def _is_small(model: Model) -> bool:
+    """Whether a remainder goes to the exact solver, or to the engine for places."""
+    entries = int(np.isfinite(model.edge_cost).sum())
+    return entries <= EXACT_ENTRIES or (places.fits(model) and entries <= PLACES_ENTRIES)
 
 
 def _unit(size: int, at: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pybind11_abseil.status import StatusNotOk, internal_error
 
@@ -107,6 +107,7 @@ def scattered(seed: int) -> SelectionProblem:
 
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32 - 1))
+@example(1911947425)  # HiGHS ends with an error unless its presolve is left out
 def test_scattered_equal_brute_force(seed: int) -> None:
     check_proof(scattered(seed), "places")
 
@@ -142,6 +143,7 @@ def test_a_simplex_method_that_loses_its_way_is_replaced() -> None:
 def test_needed_bytes_are_the_leanest() -> None:
     """The reason names the bytes with which the problem has a selection, and fewer leave none."""
     problem = layered(np.random.default_rng(3), 2, 0.02, num_patterns=1)
+    problem.limits[1:] *= 10  # else all pools together are too small, which is seen at once
     answer = solve(problem, engine="places")
     assert answer.status == "infeasible"
     found = re.search(r"pool 'device' needs at least (\d+) bytes at time (\d+), its limit is (\d+)", answer.reason)
