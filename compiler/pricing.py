@@ -30,10 +30,11 @@ from .layout import REPLICATED, Layout, num_pieces
 from .lower import BUCKET_BYTES
 from .micro_batches import first_behind, is_sum, num_runs
 from .overlap import Overlap
+from .place_nodes import PlaceNode
 from .place_recipes import AUTO
 from .price_collectives import FORBIDDEN, CollectivePrices, Moved
 from .price_local import LocalPrices
-from .price_places import PlaceNode, PlacePricer
+from .price_places import PlacePricer
 from .problem import ProblemBuilder, SelectionProblem
 from .residency import DEVICE, DISK, HOST, Uses
 from .rule import results_of, tensor_args
@@ -300,7 +301,7 @@ class Pricer:
         return np.array([num_bytes / num_pieces(layout, self.mesh) for layout in layouts])
 
     def _stored_memory(self, node: fx.Node, add) -> None:  # type: ignore[no-untyped-def]
-        if self._places is not None and node in self._places.params:
+        if self._places is not None and node in self._places.parameters.of:
             return
         choice = self.graph.input_choice[node]
         add(choice, 0, self._end, self._local(node, choice.options))
@@ -314,7 +315,7 @@ class Pricer:
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
         if aliased_operand(node) is not None or op_name(node) == UPDATE:
             return
-        if self._places is not None and (node in self._places.units or node in self._places.sums.values()):
+        if self._places is not None and (node in self._places.units or node in self._places.parameters.sums.values()):
             return
         choice = self.graph.op_choice[node]
         at = self._order[node]
@@ -328,7 +329,7 @@ class Pricer:
                 add(choice, start, last_use[value], local)
             else:
                 add(choice, start, until, local)
-                end = self._places.gradient_end.get(value, last_use[value]) if self._places is not None else last_use[value]
+                end = self._places.parameters.gradient_end.get(value, last_use[value]) if self._places is not None else last_use[value]
                 add(kept, until, end, self._local(value, kept.options))
 
     def _read_memory(self, value, phase, choice, add, last_use) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from ..cost_model.simulate import COMPUTE
 from ..cost_model.transfers import cpu_add_seconds, cpu_update_seconds, transfer_seconds
 from ..runtime import tiers
 from .overlap import CPU, STREAMS
-from .price_places import DIRECTIONS
+from .place_nodes import DIRECTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from ortools.linear_solver import pywraplp
 
 from .fold import Fold, collapse, expand, fold
 from .forest import clear_forest, grow_forest, new_scratch, solve_forest
-from .graph import build_graph
+from .graph import Graph, build_graph
 from .marginals import needless
 from .model import Model
 from .trws import backward, forward, new_messages
@@ -133,6 +133,7 @@ class Dual:
         self.model, self.offer, self.deadline, self.seed = model, offer, deadline, seed
         self.usage: list[np.ndarray] = []
         self.slots: list[int] = []
+        self._whole_graph: Graph | None = None
         self._take_graph(fold(model) if folded else None)
         self.random = np.random.default_rng(seed)
         self.unit = np.ones(model.num_slots)
@@ -151,12 +152,18 @@ class Dual:
         """Pass messages over the folded model, or the whole one."""
         self.folded = folded
         self.part = self.model if folded is None else folded.small
-        self.graph = build_graph(self.part)
+        self.graph = self._whole() if folded is None else build_graph(self.part)
         self.base = self.graph.matrix.copy()
         self.streams = [_stream_matrix(self.part, s) for s in range(self.part.num_streams)]
         self.own_cost = self.graph.cost.copy()
         self.msg_off, self.msg = new_messages(self.graph)
         self.scratch = new_scratch(self.graph, self.seed)
+
+    def _whole(self) -> Graph:
+        """The whole model's graph, made once."""
+        if self._whole_graph is None:
+            self._whole_graph = build_graph(self.model)
+        return self._whole_graph
 
     def unfold(self) -> None:
         """Go on with the whole model, from the same messages."""
@@ -171,7 +178,7 @@ class Dual:
         small, off, msg = self.graph, self.msg_off, self.msg
         usages = [slot_usage(self.model, k) / self.unit[k] for k in self.slots]
         finer = fold(self.model, usages)
-        whole = build_graph(self.model)
+        whole = self._whole()
         whole_off, _ = new_messages(whole)
         msg = expand(before, small, off, msg, whole, whole_off)
         self._take_graph(finer)

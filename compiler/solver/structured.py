@@ -81,9 +81,9 @@ class Structured:
             if self._entries() <= EXACT_ENTRIES:
                 self._exact()
                 return
-            if stalled and self._entries() > 0.7 * entries:
+            if stalled and self._entries() >= 0.7 * entries:
                 return
-            stalled = self._entries() > 0.7 * entries
+            stalled = self._entries() >= 0.7 * entries
 
     def _entries(self) -> int:
         return int(np.isfinite(self.reduced.model.edge_cost).sum())
@@ -152,8 +152,8 @@ class Structured:
         Ends with the first cutoff that is neither proven empty nor brings a better selection; True if one was found.
         """
         slack, before = FIRST_SLACK * self.gap * abs(dual.bound), self.objective
-        while not self.done() and dual.bound + slack < self.objective:
-            cutoff = dual.bound + slack
+        while not self.done():
+            cutoff = min(dual.bound + slack, self.objective)
             reduced = presolve(dual.forbid([dual.best], cutoff))
             bound, last = math.inf, self.objective
             if not reduced.infeasible and not (reduced.model.slot_limit < 0).any():
@@ -163,7 +163,7 @@ class Structured:
                 if x is not None:
                     dual.cut(reduced.undo(x))
             self.bound = max(self.bound, min(bound, cutoff, self.objective))
-            if bound < cutoff and self.objective == last:
+            if cutoff == last or (bound < cutoff and self.objective == last):
                 break
             slack *= WIDEN
         return self.objective < before
