@@ -24,7 +24,7 @@ import torch
 from . import detect, measure
 from .cluster import Cluster, ClusterError
 from .fit_cluster import fitted
-from .journal import Journal, barrier, from_rank_0, machine, mean, rank, versions, world
+from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest, versions, world
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
@@ -186,24 +186,22 @@ def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torc
 
 
 def collective_sample(wires: Communication, kind: str, num_bytes: int, group: int, device: torch.device) -> float:
-    """Seconds that a collective adds to a piece of computation in front of it, mean over ranks.
+    """Seconds that a collective adds to the computation around it, on the slowest rank.
 
-    In a step ranks come from computing: they are not quite in step, and where they share cores some of them still compute while others
-    wait. So what is timed is a series of both, from barrier to barrier, less a series of the computation alone. What is sent was made a
-    while ago: tensors take turns, and the computation goes over some memory.
+    In a step ranks come from computing: they are not quite in step, where they share cores some of them still compute while others wait,
+    and what follows a wait runs with cold caches. So what is timed is a series of both, from barrier to barrier, less a series of the
+    computation alone. What is sent was made a while ago: tensors take turns.
     """
     copies = max(1, min(16, measure.ROTATE_BYTES // num_bytes))
     tensors = itertools.cycle([_tensor(kind, num_bytes, group, device) for _ in range(copies)])
-    work, memory = torch.rand(128, 128, device=device), torch.zeros(measure.PASS_BYTES // 4, device=device)
+    compute = _computation(device)
     series = 5 if num_bytes <= 1 << 18 else 2
 
     def seconds(communicate: bool) -> float:
         barrier()
         begin = time.perf_counter()
         for _ in range(series):
-            memory.add_(1.0)
-            torch.mm(work, work)
-            torch.mm(work, work)
+            compute()
             if communicate:
                 wires.wait(wires.start(kind, next(tensors)))
         _synchronise(device)
@@ -212,9 +210,24 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
 
     # A slow link is measured a few times only; all ranks have the same mean, so they agree how often.
     first = mean(seconds(True)) or 0.0
-    pairs = [(seconds(True), seconds(False)) for _ in range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))]
-    with_it, without = (sorted(times)[len(times) // 4] for times in zip(*pairs, strict=True))
-    return mean(max(1e-6, with_it - without)) or 0.0
+    runs = range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))
+    # Where ranks share cores, one that began late saw only the end of what the others did: the slowest saw all of it.
+    times = slowest([seconds(communicate) for _ in runs for communicate in (True, False)])
+    return max(1e-6, measure.midmean(times[::2]) - measure.midmean(times[1::2]))
+
+
+def _computation(device: torch.device) -> Callable[[], Any]:
+    """What runs between collectives. On a GPU little: how fast its host is must not hide them."""
+    if device.type == "cpu":
+        return measure.Layers().run
+    work, memory = torch.rand(128, 128, device=device), torch.zeros(measure.PASS_BYTES // 4, device=device)
+
+    def compute() -> None:
+        memory.add_(1.0)
+        torch.mm(work, work)
+        torch.mm(work, work)
+
+    return compute
 
 
 def _synchronise(device: torch.device) -> None:

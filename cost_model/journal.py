@@ -79,6 +79,15 @@ def mean(value: float | None) -> float | None:
     return None if any(v is None for v in values) else statistics.fmean(values)
 
 
+def slowest(values: list[float]) -> list[float]:
+    """Of each value the largest of all ranks'."""
+    if world() == 1:
+        return values
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, values)
+    return [max(ranks) for ranks in zip(*found, strict=True)]
+
+
 class Journal:
     """Finished samples by name, kept on disk by rank 0 and equal on all ranks. A journal of another machine or setting starts anew."""
 
