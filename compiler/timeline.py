@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.collectives import collective_seconds
+from ..cost_model.collectives import collective_seconds, spaced_seconds
 from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
@@ -229,6 +229,7 @@ class _Writer:
         self.links: dict[tuple[int, ...], Any] = {}
         self.held: dict[str, int] = {}
         self.last_compute: int | None = None
+        self.computed_s = 0.0  # since the last collective
         self.num_runs = program.num_micro_batches  # of the instructions that are written now
 
     def write(self) -> Timeline:
@@ -303,6 +304,7 @@ class _Writer:
         self.made_at[node] = len(self.instructions)
         if stream == COMPUTE:
             self.last_compute = len(self.instructions)
+            self.computed_s += seconds
         self.instructions.append(
             Instruction(
                 node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, uses, op_class, self.num_runs, lane
@@ -334,7 +336,9 @@ class _Writer:
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
         whole = _num_bytes(_tensors(self._arguments(node)[0])) * (n if kind in ("all_gather", "all_to_all") else 1)
-        return collective_seconds(kind, whole, n, self.links[axes]) + self._copy_seconds(self._rearranged(node)[0])
+        seconds = collective_seconds(kind, whole, n, self.links[axes]) + spaced_seconds(self.computed_s, n, self.links[axes])
+        self.computed_s = 0.0
+        return max(0.0, seconds) + self._copy_seconds(self._rearranged(node)[0])
 
     def _wire(self, axes: tuple[int, ...]) -> str:
         """What groups along these axes send over: groups of different axes may share it."""

@@ -131,11 +131,12 @@ def op_sample(row: measure.Row, device: torch.device, budget_s: float, functions
 
 
 def _turns_sample(device: torch.device) -> float:
-    """How many ranks share a core, as measured; 1 on a device of their own. Ranks begin and end a little apart, and the last one has its
-    core for itself, so what is measured is now and then below what there must be."""
+    """How many ranks share a core, as measured; 1 on a device of their own. Some ranks get more of the time than others, but a step waits
+    for all, so what counts is the share that they have in the mean. Ranks begin and end a little apart, and the last one has its core for
+    itself, so what is measured is now and then below what there must be."""
     barrier()
-    found = mean(measure.turns()) if device.type == "cpu" and measure.crowded() else None
-    return max(1.0, measure.local_ranks() / measure.cores(), found) if found else 1.0
+    share = mean(1 / measure.turns()) if device.type == "cpu" and measure.crowded() else None
+    return max(1.0, measure.local_ranks() / measure.cores(), 1 / share) if share else 1.0
 
 
 def _view_sample(budget_s: float) -> float | None:
@@ -172,6 +173,8 @@ def _collective_steps(start: Cluster, device: torch.device, options: Options, co
         for kind in KINDS:
             steps.append((f"collective {kind} {size} {per_node}", partial(_collective_points, wires, kind, sizes, size, device)))
         steps.append((f"overlap {size} {per_node}", partial(_overlap, wires, device)))
+        if device.type == "cpu":
+            steps.append((f"spacing {size} {per_node}", partial(_spacing, wires, size, device)))
     return steps
 
 
@@ -194,16 +197,19 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
     """
     copies = max(1, min(16, measure.ROTATE_BYTES // num_bytes))
     tensors = itertools.cycle([_tensor(kind, num_bytes, group, device) for _ in range(copies)])
-    compute = _computation(device)
-    series = 5 if num_bytes <= 1 << 18 else 2
+    return _added(_computation(device), lambda: wires.wait(wires.start(kind, next(tensors))), device, 5 if num_bytes <= 1 << 18 else 2)[1]
 
-    def seconds(communicate: bool) -> float:
+
+def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: torch.device, series: int) -> tuple[float, float]:
+    """(seconds of the computation, seconds that communication behind it adds), in series of so many from barrier to barrier."""
+
+    def seconds(both: bool) -> float:
         barrier()
         begin = time.perf_counter()
         for _ in range(series):
             compute()
-            if communicate:
-                wires.wait(wires.start(kind, next(tensors)))
+            if both:
+                communicate()
         _synchronise(device)
         barrier()
         return (time.perf_counter() - begin) / series
@@ -212,8 +218,17 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
     first = mean(seconds(True)) or 0.0
     runs = range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))
     # Where ranks share cores, one that began late saw only the end of what the others did: the slowest saw all of it.
-    times = slowest([seconds(communicate) for _ in runs for communicate in (True, False)])
-    return max(1e-6, measure.midmean(times[::2]) - measure.midmean(times[1::2]))
+    times = slowest([seconds(both) for _ in runs for both in (True, False)])
+    with_it, without = measure.midmean(times[::2]), measure.midmean(times[1::2])
+    return without, max(1e-6, with_it - without)
+
+
+def _spacing(wires: Communication, group: int, device: torch.device) -> list[list[float]]:
+    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to some ms. The third point is
+    what `collective_sample` has between its own."""
+    layers, small = measure.Layers(), _tensor("all_gather", 1 << 10, group, device)
+    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, lambda: [layers.run() for _ in range(4)]]
+    return [list(_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5)) for piece in pieces]
 
 
 def _computation(device: torch.device) -> Callable[[], Any]:

@@ -25,6 +25,9 @@ from .cluster import Link
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
+SPACING = "spacing"
+"""A link's table beside those of the kinds: [seconds that ranks compute between two collectives, seconds on top of the price]."""
+
 # kind -> n -> (hops, share of B that passes one device's link)
 _RING: dict[str, Callable[[int], tuple[float, float]]] = {
     "all_reduce": lambda n: (2 * (n - 1), 2 * (n - 1) / n),
@@ -63,6 +66,13 @@ def collective_seconds(kind: str, num_bytes: float, num_devices: int, link: Link
             return interpolate(points, num_bytes)
     fixed, per_byte = collective_coefficients(kind, num_devices, link)
     return fixed + per_byte * num_bytes
+
+
+def spaced_seconds(compute_s: float, num_devices: int, link: Link) -> float:
+    """What a collective takes on top of its price, or less, where ranks have computed for `compute_s` since the one before: ranks drift
+    apart, and find cold caches behind it. 0 where that was not measured; outside of what was measured as at its ends."""
+    points = _measured(SPACING, num_devices, link)
+    return interpolate(points, min(compute_s, points[-1][0])) if points else 0.0
 
 
 def is_measured(kind: str, num_devices: int, link: Link) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import fit
 from .cluster import Cluster, ClusterError, Device, Link
+from .collectives import SPACING, interpolate
 from .journal import machine, versions, world
 from .measure import Timing
 from .work import Work, class_of
@@ -136,17 +137,25 @@ def _monotone(points: fit.Points) -> fit.Points:
     return [[x, y] for (x, _), y in zip(points, fit.isotonic([y for _, y in points]), strict=True)]
 
 
+def _spaced(points: fit.Points) -> fit.Points:
+    """Added seconds against those of the third point, with which the prices of the kinds were measured."""
+    rising = _monotone(sorted(points))
+    usual = interpolate(rising, points[2][0])
+    return [[x, y - usual] for x, y in rising]
+
+
 def _network(start: Cluster, samples: Mapping[str, Any]) -> dict[str, Link]:
     """intra_node and inter_node: tables by kind and group, and the formula's constants from the all_reduce of the smallest group."""
     tables: dict[str, dict[str, dict[str, Any]]] = {"intra_node": {}, "inter_node": {}}
     basis: dict[str, tuple[int, fit.Points]] = {}
     for name, points in samples.items():
-        if not name.startswith("collective "):
+        if not name.startswith(("collective ", "spacing ")):
             continue
-        _, kind, size, per_node = name.split()
+        *what, size, per_node = name.split()
+        kind = what[-1]
         link = "intra_node" if size == per_node else "inter_node"
         key = size if per_node in (size, "1") else f"{size}/{per_node}"
-        tables[link].setdefault(kind, {})[key] = _monotone(points)
+        tables[link].setdefault(kind, {})[key] = _spaced(points) if kind == SPACING else _monotone(points)
         if kind == "all_reduce" and (link not in basis or (per_node == "1", -int(size)) > (False, -basis[link][0])):
             basis[link] = (int(size), points)
     made = {}
