@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.collectives import collective_seconds, spaced_seconds
+from ..cost_model.collectives import bucket_seconds, spaced_seconds
 from ..cost_model.kernels import work_seconds
 from ..cost_model.simulate import COMPUTE, Buffer, Instruction, Simulation, simulate
 from ..cost_model.work import NO_WORK, Work, class_of, is_known, op_work
@@ -335,10 +335,22 @@ class _Writer:
         n = math.prod(self.program.mesh[axis] for axis in axes)
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
-        whole = _num_bytes(_tensors(self._arguments(node)[0])) * (n if kind in ("all_gather", "all_to_all") else 1)
-        seconds = collective_seconds(kind, whole, n, self.links[axes]) + spaced_seconds(self.computed_s, n, self.links[axes])
+        grown = n if kind in ("all_gather", "all_to_all") else 1
+        messages = [grown * num_bytes for num_bytes in self._messages(node)]
+        seconds = bucket_seconds(kind, messages, n, self.links[axes]) + spaced_seconds(self.computed_s, n, self.links[axes])
         self.computed_s = 0.0
         return max(0.0, seconds) + self._copy_seconds(self._rearranged(node)[0])
+
+    def _messages(self, node: fx.Node) -> list[int]:
+        """Bytes of each message of a collective: the small tensors of a bucket go in one."""
+        sizes = [_num_bytes([x]) for x in _tensors(self._arguments(node)[0])]
+        solo = [size for size in sizes if size >= self._transport.SOLO_BYTES]
+        packed = sum(sizes) - sum(solo)
+        return [*solo, packed] if packed or not solo else solo
+
+    @property
+    def _transport(self) -> type[DirectTransport | NativeTransport]:
+        return DirectTransport if backend_of(self.cluster) == "gloo" else NativeTransport
 
     def _wire(self, axes: tuple[int, ...]) -> str:
         """What groups along these axes send over: groups of different axes may share it."""
@@ -359,13 +371,12 @@ class _Writer:
         tensors = _tensors(fx.map_arg(node.args[0], lambda n: self.values[n]))
         num_devices = math.prod(self.program.mesh[axis] for axis in node.args[1])
         grown = num_devices if kind == "all_gather" else 1
-        transport = DirectTransport if backend_of(self.cluster) == "gloo" else NativeTransport
         before = after = 0.0
         for i, x in enumerate(tensors):
             num_bytes = _num_bytes([x])
             cuts = [(d[i], o[i]) if bucket else (d, o) for d, o in zip(node.args[2:-1:2], node.args[3::2], strict=False)]
             apart = [math.prod(x.shape[:dim]) * outer > 1 for dim, outer in cuts] if kind != "all_reduce" else [False]
-            if bucket and num_bytes < transport.SOLO_BYTES:
+            if bucket and num_bytes < self._transport.SOLO_BYTES:
                 before += num_bytes
                 after += num_bytes * grown if kind == "all_gather" else 0
             before += num_bytes if kind in ("reduce_scatter", "all_to_all") and apart[0] else 0

@@ -23,6 +23,7 @@ import torch
 
 from . import detect, measure
 from .cluster import Cluster, ClusterError
+from .collectives import BUCKET_KINDS, many
 from .fit_cluster import fitted
 from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest, versions, world
 
@@ -168,12 +169,15 @@ def _groups(start: Cluster) -> dict[tuple[int, int], tuple[tuple[int, ...], tupl
 def _collective_steps(start: Cluster, device: torch.device, options: Options, connect: Connect) -> list[Step]:
     sizes = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
     steps: list[Step] = []
+    large = [b for b in sizes if 1 << 16 <= b <= 1 << 22]
     for (size, per_node), (mesh, axes) in sorted(_groups(start).items()):
         wires = connect(mesh, axes)  # also where the samples are there already: all ranks make the same groups
         for kind in KINDS:
             steps.append((f"collective {kind} {size} {per_node}", partial(_collective_points, wires, kind, sizes, size, device)))
         steps.append((f"overlap {size} {per_node}", partial(_overlap, wires, device)))
         if device.type == "cpu":
+            for kind in BUCKET_KINDS:
+                steps.append((f"collective {many(kind)} {size} {per_node}", partial(_many_points, wires, kind, large, size, device)))
             steps.append((f"spacing {size} {per_node}", partial(_spacing, wires, size, device)))
     return steps
 
@@ -182,14 +186,18 @@ def _collective_points(wires: Communication, kind: str, sizes: tuple[int, ...], 
     return [[float(b), collective_sample(wires, kind, b, group, device)] for b in sizes]
 
 
+def _many_points(wires: Communication, kind: str, sizes: list[int], group: int, device: torch.device) -> list[list[float]]:
+    return [[float(b), collective_sample(wires, kind, b, group, device, at_once=4) / 4] for b in sizes]
+
+
 def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torch.Tensor:
     """What a rank gives to a collective whose gathered tensor has `num_bytes`."""
     share = num_bytes // 4 // (group if kind in ("all_gather", "all_to_all") else 1)
     return torch.ones(max(group, share - share % group), device=device)
 
 
-def collective_sample(wires: Communication, kind: str, num_bytes: int, group: int, device: torch.device) -> float:
-    """Seconds that a collective adds to the computation around it, on the slowest rank.
+def collective_sample(wires: Communication, kind: str, num_bytes: int, group: int, device: torch.device, at_once: int = 1) -> float:
+    """Seconds that a collective, or so many started at once, add to the computation around them, on the slowest rank.
 
     In a step ranks come from computing: they are not quite in step, where they share cores some of them still compute while others wait,
     and what follows a wait runs with cold caches. So what is timed is a series of both, from barrier to barrier, less a series of the
@@ -197,7 +205,12 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
     """
     copies = max(1, min(16, measure.ROTATE_BYTES // num_bytes))
     tensors = itertools.cycle([_tensor(kind, num_bytes, group, device) for _ in range(copies)])
-    return _added(_computation(device), lambda: wires.wait(wires.start(kind, next(tensors))), device, 5 if num_bytes <= 1 << 18 else 2)[1]
+
+    def communicate() -> None:
+        for pending in [wires.start(kind, next(tensors)) for _ in range(at_once)]:
+            wires.wait(pending)
+
+    return _added(_computation(device), communicate, device, 5 if num_bytes * at_once <= 1 << 18 else 2)[1]
 
 
 def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: torch.device, series: int) -> tuple[float, float]:

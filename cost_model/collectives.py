@@ -17,7 +17,7 @@ measured range, continued along the last segment above it. One device needs no c
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from .cluster import Link
@@ -27,6 +27,14 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 SPACING = "spacing"
 """A link's table beside those of the kinds: [seconds that ranks compute between two collectives, seconds on top of the price]."""
+
+BUCKET_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+
+
+def many(kind: str) -> str:
+    """The name of a link's table for one of several messages of a kind that are under way at once, as those of a bucket."""
+    return f"{kind}_of_many"
+
 
 # kind -> n -> (hops, share of B that passes one device's link)
 _RING: dict[str, Callable[[int], tuple[float, float]]] = {
@@ -66,6 +74,15 @@ def collective_seconds(kind: str, num_bytes: float, num_devices: int, link: Link
             return interpolate(points, num_bytes)
     fixed, per_byte = collective_coefficients(kind, num_devices, link)
     return fixed + per_byte * num_bytes
+
+
+def bucket_seconds(kind: str, messages: Sequence[float], num_devices: int, link: Link) -> float:
+    """Seconds for several messages that are started at once, each of so many bytes. They share their waits, but large ones also get in
+    each other's way: both are in what was measured with four at once. Where that was not, they count as one message."""
+    points = _measured(many(kind), num_devices, link)
+    if points and len(messages) > 1:
+        return sum(interpolate(points, num_bytes) for num_bytes in messages)
+    return collective_seconds(kind, sum(messages), num_devices, link)
 
 
 def spaced_seconds(compute_s: float, num_devices: int, link: Link) -> float:

@@ -101,7 +101,7 @@ def measure(row: Row, device: torch.device, *, budget_s: float, functions: Funct
     except (RuntimeError, NotImplementedError):
         return None
     work = _work(row, args, result)
-    copies = min(16, max(1, ROTATE_BYTES // max(1, row.num_bytes)))
+    copies = min(16, max(2, ROTATE_BYTES // max(1, row.num_bytes)))
     inputs = [args, *(row.build(device, row.dtype) for _ in range(copies - 1))]
     with torch.no_grad():
         seconds = _time(lambda i: function(*inputs[i % copies]), device, budget_s)
@@ -195,7 +195,7 @@ def view_seconds(budget_s: float = 0.02) -> float:
     aten = torch.ops.aten
     found = ((aten.transpose.int, x, 0, 1), (aten.view.default, x, [64, 8]), (aten.reshape.default, x, [8, 64]), (aten.t.default, x[0]))
     calls = [partial(torch_compat.direct_call(op), *args) for op, *args in found]
-    return statistics.fmean(_time(partial(_ignoring, call), torch.device("cpu"), budget_s / len(calls)) for call in calls)
+    return statistics.fmean(_time(partial(_ignoring, call), torch.device("cpu"), budget_s) for call in calls)
 
 
 def _ignoring(call: Callable[[], Any], _: int) -> Any:

@@ -64,6 +64,8 @@ _PRODUCTS = (
     (16, 64, 64), (64, 64, 64), (64, 256, 64), (128, 128, 128), (256, 64, 256), (512, 32, 512), (64, 512, 512), (256, 256, 256),
     (512, 192, 192), (256, 256, 1024), (1024, 256, 256), (128, 1024, 512), (512, 256, 768), (64, 1024, 1024), (512, 512, 512),
     (1024, 128, 1024), (512, 256, 2048), (2048, 512, 512), (512, 512, 2048), (1024, 1024, 1024), (256, 2048, 2048), (2048, 1024, 1024),
+    # Thin ones, as a split leaves them: few rows times a whole weight, and the gradient of such a weight.
+    (16, 512, 512), (32, 768, 768), (768, 32, 768), (32, 1536, 768), (32, 2048, 2048), (512, 16, 1024),
 )  # fmt: skip
 _BATCHED = ((4, 64, 32, 64), (16, 48, 32, 48), (8, 128, 64, 128), (16, 128, 128, 32), (32, 64, 32, 64), (32, 128, 64, 128))
 _ATTENTION = (
@@ -131,7 +133,9 @@ def _conv_rows(dtype: torch.dtype, scale: int) -> Iterator[Row]:
 _GRIDS = ((16, 64), (64, 64), (64, 256), (128, 128), (512, 128), (256, 256), (512, 256), (256, 1024), (512, 512), (1024, 512), (1024, 1024),
           (512, 4096))  # fmt: skip
 _IMAGES = ((4, 8, 8), (4, 32, 8), (8, 32, 16), (16, 32, 16), (16, 64, 16), (16, 32, 32), (16, 64, 32), (32, 64, 32))
-_TABLES = ((512, 64, 64), (128, 256, 512), (1000, 128, 512), (1024, 256, 1024), (4096, 256, 512), (8000, 512, 1024), (32000, 512, 2048))
+# entries, width, how many are looked up: fewer than there are, as words are, or every one many times, as nodes of a graph
+_TABLES = ((512, 64, 64), (128, 256, 512), (1000, 128, 512), (1024, 256, 1024), (4096, 256, 512), (8000, 512, 1024), (32000, 512, 2048),
+           (128, 64, 1024), (256, 128, 4096), (2048, 128, 8192))  # fmt: skip
 
 
 def _grid_rows(dtype: torch.dtype, scale: int) -> Iterator[Row]:
@@ -163,6 +167,7 @@ def _normalised(x: Make, rows: int, columns: int, dtype: torch.dtype) -> Iterato
     stat, norm = _random(rows, 1), [_random(columns), _random(columns)]
     yield "native_layer_norm.default", [x, [columns], *norm, 1e-5]
     yield "native_layer_norm_backward.default", [x, x, [columns], stat, stat, *norm, [True, True, True]]
+    yield "_safe_softmax.default", [x, -1]
     for op in ("_softmax", "_log_softmax"):
         yield f"{op}.default", [x, -1, False]
         yield f"{op}_backward_data.default", [x, x, -1, dtype]
@@ -243,14 +248,16 @@ class Update:
     def __init__(self, elements: int, device: torch.device, dtype: torch.dtype) -> None:
         self.num_parameters = self.number(elements)
         self.shape = (elements,)
-        make = partial(torch.zeros, elements, device=device, dtype=dtype)
+        # Not of zeros: memory that was never written is one and the same page, which stays in the caches.
+        make = partial(torch.full, (elements,), 0.5, device=device, dtype=dtype)
         self.params, self.grads = ([make() for _ in range(self.num_parameters)] for _ in range(2))
         self.states = [[make(), make()] for _ in range(self.num_parameters)]
 
     @staticmethod
     def number(elements: int) -> int:
-        """Parameters in one call: as many as a small model has, together not above some MB."""
-        return max(2, min(16, (1 << 20) // elements))
+        """Parameters in one call: as many as a small model has, together with their state more than the caches hold where one has 256 KiB
+        or more."""
+        return max(2, min(16, (1 << 22) // elements))
 
 
 def rows(dtypes: Iterable[torch.dtype], *, scale: int = 1, quick: bool = False) -> list[Row]:
