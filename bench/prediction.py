@@ -12,7 +12,7 @@ FOLDER keeps the cluster files, for planning and for later runs, and the rows of
 that was interrupted goes on from there when the same command is given again.
 
 predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
-rank's step, as calibration takes it, for other programs only ever add.
+rank's step, for other programs only ever add.
 The plans of a model take turns in one process group, so that what else the machine does meets all alike; before each timed step a plan
 takes one untimed step, which puts its own data into the caches. noise: how much the two halves of the rounds differ.
 `prediction_summary` says what is made of the rows.

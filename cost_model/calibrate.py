@@ -240,7 +240,12 @@ def _spacing(wires: Communication, group: int, device: torch.device) -> list[lis
     """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to some ms. The third point is
     what `collective_sample` has between its own."""
     layers, small = measure.Layers(), _tensor("all_gather", 1 << 10, group, device)
-    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, lambda: [layers.run() for _ in range(4)]]
+
+    def long() -> None:
+        for _ in range(4):
+            layers.run()
+
+    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, long]
     return [list(_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5)) for piece in pieces]
 
 

@@ -2,8 +2,8 @@
 
 In a training step each op finds other data in the caches and other code in the processor than its own. So inputs are taken in turn from
 several copies that together exceed the caches, and on a CPU a few other ops run, untimed, before each timed run, over the more memory the
-more ranks share the caches. A time is the mean of the middle half of the runs: a step is a sum over many ops, in which slower and faster runs
-make up for each other, so that the fast runs of each (a lower quintile, say) add up to a step that never happens. On a GPU a run is timed
+more ranks share the caches. A time is the mean of the middle half of the runs: a step is a sum over many ops, in which slow and fast runs make
+up for each other, so the fast runs of each (a lower quintile, say) would add up to a step that never happens. On a GPU a run is timed
 between two events, on a CPU by the clock.
 """
 
@@ -77,6 +77,13 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
+def _copied(value: Any) -> Any:
+    """The same in other memory: faster than to draw random numbers again."""
+    if isinstance(value, torch.Tensor | Update):
+        return value.clone()
+    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def _work(row: Row, args: Sequence[Any], result: Any) -> Work:
     if row.op == "opweave.update":
         shape = args[0].shape
@@ -102,7 +109,7 @@ def measure(row: Row, device: torch.device, *, budget_s: float, functions: Funct
         return None
     work = _work(row, args, result)
     copies = min(16, max(2, ROTATE_BYTES // max(1, row.num_bytes)))
-    inputs = [args, *(row.build(device, row.dtype) for _ in range(copies - 1))]
+    inputs = [args, *(_copied(args) for _ in range(copies - 1))]
     with torch.no_grad():
         seconds = _time(lambda i: function(*inputs[i % copies]), device, budget_s)
     if row.op == "opweave.update":

@@ -253,6 +253,10 @@ class Update:
         self.params, self.grads = ([make() for _ in range(self.num_parameters)] for _ in range(2))
         self.states = [[make(), make()] for _ in range(self.num_parameters)]
 
+    def clone(self) -> Update:
+        """The same in other memory."""
+        return Update(self.shape[0], self.params[0].device, self.params[0].dtype)
+
     @staticmethod
     def number(elements: int) -> int:
         """Parameters in one call: as many as a small model has, together with their state more than the caches hold where one has 256 KiB

@@ -7,6 +7,7 @@ little longer than the step time, which is measured apart. On a GPU each reading
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A recorded run. step_time_s: lower quintile of the steps, slowest rank. seconds: by instruction name, of this rank, likewise, of all
-    micro-batches together.
+    """A recorded run. step_time_s: lower quintile of the steps, slowest rank. seconds: by instruction name, of this rank, the mean of the
+    middle half (the fast runs of each would add up to less than any step takes), of all micro-batches together.
 
     spans: of the last recorded step.
     """
@@ -115,7 +116,7 @@ def profile_steps(executor: Executor, step: Callable[[], Any], recorded: Callabl
     calls = {node.name for node in executor.program.graph.nodes if node.op == "call_function"}
     runs = [recorded() for _ in range(max(3, steps))]
     taken = [_seconds([read for read in run if read[0] in calls]) for run in runs]
-    seconds = {name: _quintile([run[name] for run in taken]) for name in taken[0]}
+    seconds = {name: _midmean([run[name] for run in taken]) for name in taken[0]}
     assert executor.memory is not None
     return Profile(
         step_time_s=_slowest(_quintile(times)), peak_bytes=executor.memory.peak_bytes, seconds=seconds, spans=_spans(executor, runs[-1])
@@ -148,8 +149,14 @@ def _spans(executor: Executor, run: list[Read]) -> tuple[Span, ...]:
 
 
 def _quintile(times: list[float]) -> float:
-    """The lower quintile, as calibration takes it: other programs on the machine disturb it little."""
+    """The lower quintile: other programs on the machine disturb it little."""
     return sorted(times)[len(times) // 5]
+
+
+def _midmean(times: list[float]) -> float:
+    """The mean of the middle half, as calibration takes it."""
+    ordered, quarter = sorted(times), len(times) // 4
+    return statistics.fmean(ordered[quarter : len(times) - quarter])
 
 
 def barrier() -> None:

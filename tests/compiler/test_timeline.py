@@ -1,5 +1,6 @@
 """The simulated program against the executor: the same bytes at the peak, sensible seconds, collectives where they are."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from opweave.compiler.lower import lower
 from opweave.compiler.plan import PlanError
 from opweave.compiler.timeline import _fake_values, _tensors, _Writer, timeline, timeline_of_plan
 from opweave.compiler.training_step import step_inputs
+from opweave.cost_model.collectives import KINDS, SPACING
 from opweave.runtime import collectives
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import PaperGroups
@@ -109,3 +111,30 @@ def test_no_more_than_a_few_buckets_of_gradients_are_under_way():
             under_way -= set(node.args)
         most = max(most, len(under_way))
     assert 2 <= most <= 6
+
+
+def test_large_tensors_of_a_bucket_are_messages_of_their_own():
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    batch = (torch.randn(8, 512),)
+    made = {"loss_fn": lambda m, b: m(*b).pow(2).mean(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    analysis, cluster = analyse(capture(model, batch, **made)), ow.Cluster.preset("cpu", devices=2)
+    plan = api.plan(model, cluster, batch, mesh=(2,), force="ddp", **made)
+    program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer="SGD")
+    writer = _Writer(program, cluster, _fake_values(program, cluster, "cpu"))
+    bucket = next(n for n in program.graph.nodes if n.target is collectives.all_reduce_bucket)
+    assert writer._messages(bucket) == [512 * 512 * 4] * 2 + [2 * 512 * 4]
+
+
+def test_collectives_cost_what_lies_between_them():
+    program, cluster, _ = _lowered("opt-tiny", (2,), "zero3")
+
+    def seconds(added):
+        tables = {kind: {"2": [[1.0, 1e-3], [1e9, 1e-3]]} for kind in KINDS} | {SPACING: {"2": added}}
+        priced = dataclasses.replace(cluster, intra_node=dataclasses.replace(cluster.intra_node, tables=tables))
+        return [i for i in timeline(program, priced).instructions if i.stream == "collectives"]
+
+    usual, behind, none = seconds([[0.0, 0.0], [1.0, 0.0]]), seconds([[0.0, -5e-4], [1e-12, 0.0]]), seconds([[0.0, -1.0], [1.0, -1.0]])
+    less = [a.seconds - b.seconds for a, b in zip(usual, behind, strict=True)]
+    assert less[0] == pytest.approx(5e-4), "nothing was computed before the first"
+    assert 0 < sum(x > 1e-9 for x in less) < len(less), "others have computation between them"
+    assert all(i.seconds >= 0 for i in none)

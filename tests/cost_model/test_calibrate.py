@@ -12,6 +12,8 @@ from opweave.cost_model import journal, measure
 from opweave.cost_model.calibrate import Options
 from opweave.cost_model.calibrate_check import check
 from opweave.cost_model.cluster import Cluster, ClusterError
+from opweave.cost_model.collectives import SPACING, many
+from opweave.cost_model.fit_cluster import _spaced
 from opweave.cost_model.kernels import is_measured
 
 
@@ -172,4 +174,37 @@ def test_collectives_become_tables(few_rows, quick, monkeypatch):
     assert set(made.inter_node.tables["all_gather"]) == {"2", "4/2"}
     assert set(made.axis_link((4,), 0).tables["all_gather"]) == {"4"}
     assert set(made.axis_link((2, 2), 0).tables["all_gather"]) == {"2", "4/2"}
+    assert set(made.intra_node.tables[many("all_reduce")]) == {"2"}
+    spacing = made.inter_node.tables[SPACING]["4/2"]
+    assert [y for _, y in spacing] == sorted(y for _, y in spacing), "the more lies between two collectives, the more they take"
     assert 0 <= made.overlap <= 1
+
+
+def test_spacing_is_against_what_prices_were_measured_with():
+    points = _spaced([[0.0, 1e-4], [1e-4, 3e-4], [1e-3, 5e-4], [4e-3, 4e-4]])
+    assert [x for x, _ in points] == [0.0, 1e-4, 1e-3, 4e-3]
+    assert [y for _, y in points] == pytest.approx([-3.5e-4, -1.5e-4, 0.0, 0.0]), "never less with more between"
+
+
+def test_the_mean_of_the_middle_half():
+    assert measure.midmean([5.0]) == 5.0
+    assert measure.midmean([9.0, 1.0, 2.0, 4.0]) == 3.0
+    assert measure.midmean([1.0, 2.0, 2.0, 3.0, 100.0]) == pytest.approx(7 / 3)
+
+
+def test_ranks_that_share_cores_take_turns_by_their_mean_share(monkeypatch):
+    """One rank of two gets three quarters of a core: it is the share of both that counts."""
+    monkeypatch.setattr(measure, "crowded", lambda: True)
+    monkeypatch.setattr(measure, "local_ranks", lambda: 2)
+    monkeypatch.setattr(measure, "cores", lambda: 1)
+    monkeypatch.setattr(measure, "turns", lambda: 4 / 3)
+    monkeypatch.setattr(calibration, "mean", lambda share: (share + 0.25) / 2)
+    assert calibration._turns_sample(torch.device("cpu")) == pytest.approx(2.0)
+
+
+def test_a_collective_is_what_the_slowest_rank_sees(monkeypatch):
+    """Another rank, on which every run takes a second longer with a collective in it."""
+    seen = []
+    monkeypatch.setattr(calibration, "slowest", lambda times: [t + 1.0 * (i % 2 == 0) for i, t in enumerate(times)])
+    _, added = calibration._added(lambda: None, lambda: seen.append(1), torch.device("cpu"), 2)
+    assert added == pytest.approx(1.0, abs=0.1) and seen

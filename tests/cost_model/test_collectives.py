@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from opweave.cost_model.cluster import Link
-from opweave.cost_model.collectives import KINDS, collective_coefficients, collective_seconds, is_measured
+from opweave.cost_model.collectives import (
+    KINDS,
+    SPACING,
+    bucket_seconds,
+    collective_coefficients,
+    collective_seconds,
+    is_measured,
+    many,
+    spaced_seconds,
+)
 
 LINK = Link(latency_s=1e-6, bandwidth_bytes_per_s=1e11, efficiency=0.5, start_s=1e-5)
 
@@ -51,3 +60,20 @@ def test_measured_tables_take_precedence():
     fixed, per_byte = collective_coefficients("all_reduce", 2, link)
     assert fixed + per_byte * 2e6 == pytest.approx(3e-3)
     assert collective_seconds("all_gather", 1e6, 2, link) == collective_seconds("all_gather", 1e6, 2, LINK)
+
+
+def test_a_bucket_is_the_sum_of_its_messages_as_measured_side_by_side():
+    table = {"all_reduce": {"2": [[1000, 1e-4], [1e6, 1e-3]]}, many("all_reduce"): {"2": [[1e5, 1e-4], [1e6, 2e-3]]}}
+    link = dataclasses.replace(LINK, tables=table)
+    assert bucket_seconds("all_reduce", [1e6, 1e6, 10], 2, link) == pytest.approx(2e-3 + 2e-3 + 1e-4)
+    assert bucket_seconds("all_reduce", [1e6], 2, link) == pytest.approx(1e-3), "one message is no bucket"
+    assert bucket_seconds("all_gather", [1e6, 2e6], 2, link) == collective_seconds("all_gather", 3e6, 2, link), "one message, not measured"
+
+
+def test_a_collective_costs_less_right_behind_another():
+    link = dataclasses.replace(LINK, tables={SPACING: {"2": [[0, -2e-4], [1e-3, 0.0], [3e-3, 1e-4]]}})
+    assert spaced_seconds(0.0, 2, link) == pytest.approx(-2e-4)
+    assert spaced_seconds(0.5e-3, 2, link) == pytest.approx(-1e-4)
+    assert spaced_seconds(2e-3, 2, link) == pytest.approx(5e-5)
+    assert spaced_seconds(1.0, 2, link) == pytest.approx(1e-4), "no further than was measured"
+    assert spaced_seconds(1.0, 4, link) == spaced_seconds(1.0, 2, LINK) == 0.0
