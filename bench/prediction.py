@@ -13,8 +13,10 @@ that was interrupted goes on from there when the same command is given again.
 
 predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
 rank's step, for other programs only ever add.
-The plans of a model take turns in one process group, so that what else the machine does meets all alike; before each timed step a plan
-takes one untimed step, which puts its own data into the caches. noise: how much the two halves of the rounds differ.
+The plans of a model take turns in one process group, so that what else the machine does meets all alike; before its timed steps a plan
+takes one untimed step, which puts its own data into the caches. Several timed steps follow: where ranks share cores the first ones still
+depend on the plan before (with one, plans behind ZeRO-3 were 5 to 15 % slower on 4 ranks of 2 cores, in whichever order they were taken).
+noise: how much the two halves of the rounds differ.
 `prediction_summary` says what is made of the rows.
 """
 
@@ -57,7 +59,7 @@ from .prediction_summary import Row, holds, markdown, plot, summary, table
 from .speed import Speed
 
 FORCED = ("ddp", "zero3", "megatron")
-ROUNDS, STEPS_PER_ROUND = 6, 1
+ROUNDS, STEPS_PER_ROUND = 4, 3
 PLANNING_S = 10.0
 
 

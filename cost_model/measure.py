@@ -2,9 +2,9 @@
 
 In a training step each op finds other data in the caches and other code in the processor than its own. So inputs are taken in turn from
 several copies that together exceed the caches, and on a CPU a few other ops run, untimed, before each timed run, over the more memory the
-more ranks share the caches. A time is the mean of the middle half of the runs: a step is a sum over many ops, in which slow and fast runs make
-up for each other, so the fast runs of each (a lower quintile, say) would add up to a step that never happens. On a GPU a run is timed
-between two events, on a CPU by the clock.
+more ranks share the caches. A time is the mean of the middle half of the runs: a step is a sum over many ops, in which slow and fast runs
+make up for each other, so the fast runs of each (a lower quintile, say) would add up to a step that never happens. On a GPU a run is
+timed between two events, on a CPU by the clock.
 """
 
 from __future__ import annotations
@@ -197,16 +197,18 @@ class Layers:
 
 
 def view_seconds(budget_s: float = 0.02) -> float:
-    """Seconds of an op that only makes a view, the mean of common ones: what dispatching an op costs on the host."""
+    """Seconds of an op that only makes a view, the mean of common ones in a row, as a step has them: what dispatching an op costs on the
+    host."""
     x = torch.rand(8, 8, 8)
     aten = torch.ops.aten
     found = ((aten.transpose.int, x, 0, 1), (aten.view.default, x, [64, 8]), (aten.reshape.default, x, [8, 64]), (aten.t.default, x[0]))
     calls = [partial(torch_compat.direct_call(op), *args) for op, *args in found]
-    return statistics.fmean(_time(partial(_ignoring, call), torch.device("cpu"), budget_s) for call in calls)
 
+    def run(_: int) -> None:
+        for call in calls:
+            call()
 
-def _ignoring(call: Callable[[], Any], _: int) -> Any:
-    return call()
+    return _time(run, torch.device("cpu"), budget_s) / len(calls)
 
 
 def crowded() -> bool:
