@@ -5,8 +5,9 @@ Statement
     less than ``upper`` uses no strategy or pair whose exclusive bound is ``upper`` or more (``marginals``), so forbidding those keeps
     all selections better than the best one known.
 Rounds
-    1. raise the bound by prices and weights; selections met on the way that fit are candidates; where they are far from the bound, local
-       search (``improve``) and exact solutions of what a cutoff just above the bound leaves;
+    1. raise the bound by prices and weights, equal nodes folded into one (``fold``); selections met on the way that fit are candidates;
+       with several streams, or where they are far from the bound, exact solutions of what a cutoff just above the bound leaves (by the
+       engine for places where that is much), and local search (``improve``);
     2. where much is still open, branch and bound on the same dual (``chain_branch``);
     3. forbid what no better selection uses, reduce (``presolve``), which also moves loads and costs that are now fixed into constants;
     4. a small remainder goes to the exact solver: if it has nothing better, the best one known is optimal.
@@ -70,6 +71,8 @@ class Structured:
             dual = self._raise()
             if not self.done() and self.reduced.model.num_streams > 1:
                 self._probe(dual)
+            if self.infeasible:
+                return
             if not self.done() and (stalled or self._relative() > SHRINK_GAP):
                 self._press(dual)
             if self.done() or self._impossible(dual, dual.bound):
@@ -164,6 +167,9 @@ class Structured:
                     dual.cut(reduced.undo(x))
             self.bound = max(self.bound, min(bound, cutoff, self.objective))
             if cutoff == last or (bound < cutoff and self.objective == last):
+                break
+            if cutoff > dual.ceiling:  # and nothing is left below it
+                self.infeasible = self.x is None
                 break
             slack *= WIDEN
         return self.objective < before
