@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 GAP = 1e-4
 """Plans are proven to within this share of the best possible predicted time."""
+ENOUGH = 1e-3
+"""The same where the last of it is not to be had soon: forms of the problem differ by more."""
 
 _WAYS_OUT = (
     "Ways out: a smaller batch, bf16 autocast, more devices, or a larger memory_limit; opweave.what_would_fit(model, cluster, batch, ...) "
@@ -354,7 +356,7 @@ def _solution(problem: SelectionProblem, time_limit_s: float) -> Solution:
 
     with nothing_printed():
         warm_up()
-        return solve(problem, time_limit_s=time_limit_s, gap=GAP)
+        return solve(problem, time_limit_s=time_limit_s, gap=GAP, enough=ENOUGH)
 
 
 def _head(analysis: Analysis, cluster: Cluster, limits: Limits) -> str:

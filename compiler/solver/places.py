@@ -42,8 +42,9 @@ REASON_S = 5.0
 class Places:
     """One solve. ``x`` is in terms of the problem, ``local`` of the reduced model."""
 
-    def __init__(self, reduced: Reduced, deadline: float, gap: float, seed: int, offer: Offer) -> None:
-        self.deadline, self.gap, self.seed = deadline, gap, seed
+    def __init__(self, reduced: Reduced, deadline: float, gap: float, seed: int, offer: Offer, enough: float = 0.0) -> None:
+        """enough: a gap at which no further integer program is begun."""
+        self.deadline, self.gap, self.seed, self.enough = deadline, gap, seed, max(gap, enough)
         self.reduced, self.model, self.report = reduced, reduced.model, offer
         self.x: np.ndarray | None = None
         self.local = np.zeros(0, dtype=np.int64)
@@ -70,7 +71,7 @@ class Places:
         self._prove(root)
 
     def done(self) -> bool:
-        met = self.objective - self.bound <= self.gap * abs(self.objective) if self.objective < math.inf else False
+        met = self.objective - self.bound <= self.enough * abs(self.objective) if self.objective < math.inf else False
         return met or time.perf_counter() > self.deadline
 
     def _offer(self, x: np.ndarray) -> None:
@@ -140,9 +141,9 @@ def _second_least(reduced: np.ndarray, model: Model) -> np.ndarray:
     return np.minimum.reduceat(rest, model.node_off[:-1])
 
 
-def solve_places(start: Start, deadline: float, gap: float, seed: int, offer: Offer) -> Outcome:
-    """A selection with its bound; neither where none is found by ``deadline``."""
-    run = Places(start.reduced, deadline, gap, seed, offer)
+def solve_places(start: Start, deadline: float, gap: float, seed: int, offer: Offer, enough: float = 0.0) -> Outcome:
+    """A selection with its bound; neither where none is found by ``deadline``. enough: see `Places`."""
+    run = Places(start.reduced, deadline, gap, seed, offer, enough)
     run.run()
     reason = why_infeasible(start.problem, start.model, time.perf_counter() + REASON_S, seed) if run.infeasible else ""
     return Outcome(run.x, run.bound, run.infeasible, reason)

@@ -129,6 +129,15 @@ def test_48_layers(room: float) -> None:
     assert again.selection.tolist() == answer.selection.tolist() and again.lower_bound == answer.lower_bound
 
 
+def test_enough_ends_what_is_expensive() -> None:
+    """With a gap that is enough no integer program is begun behind it, and the answer says how far it is proven."""
+    problem = layered(np.random.default_rng(7), 48, 0.35)
+    exact = solve(problem, gap=1e-9, time_limit_s=2.0, engine="places")
+    answer = solve(problem, gap=1e-9, enough=0.02, time_limit_s=120.0)
+    assert 1e-9 < answer.gap <= 0.02 and answer.status == "feasible"
+    assert answer.lower_bound <= exact.objective <= answer.objective
+
+
 def test_a_simplex_method_that_loses_its_way_is_replaced() -> None:
     """GLOP now and then ends "abnormally", which its interface raises as an error: the answer is that of the other solver."""
     problem = layered(np.random.default_rng(3), 6, 0.5)
