@@ -260,9 +260,9 @@ class _Search:
         for share in _SMALLER_BUCKETS:
             packed = [num_bytes for name, num_bytes in outcome.memory.owners if "_bucket" in name]
             too_many = outcome.memory.peak_bytes - self.limits[DEVICE]
-            if too_many <= 0 or too_many > 4 * max(packed, default=0):
+            if too_many <= 0 or too_many > sum(packed):
                 break
-            candidate.bucket_bytes = int(share * max(packed))
+            candidate.bucket_bytes = int(share * min(max(packed), candidate.bucket_bytes))
             outcome = self._scheduled(candidate)
         return outcome
 
