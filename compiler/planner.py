@@ -75,7 +75,7 @@ class _Form:
 _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetch=False)
 # The simulation decides among those with places. Of opt-30b in batches of 8 on one A100 the simulated step was 1.02 to 1.06 of the
 # objective with 0.12 of the memory free (plans that cost alike differ), 1.015 with 0.18, 1.06 to 1.13 with 0.05 to 0.08.
-_ROOMY = ((0.98, 0.12), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
+_ROOMY = ((0.98, 0.12), (0.8, 0.12), (0.98, 0.18), (0.0, 0.12))
 _FORMS = {AUTO: (_LOOSE, *(_Form(True, *form) for form in _ROOMY), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
@@ -197,10 +197,10 @@ class _Search:
                 self._fit(mesh, form, is_last=form == forms[-1])
 
     def _time_left_s(self) -> float:
-        """For a problem: as asked for; where there is a plan, of the search's time."""
+        """For a problem: as asked for; where there is a plan, a third of what is left of the search's time, for other forms."""
         if math.isinf(self.best_s):
             return self.time_limit_s
-        return min(self.time_limit_s, max(_LEAST_S, _ENOUGH_S - sum(self.times.values())))
+        return min(self.time_limit_s, max(_LEAST_S, (_ENOUGH_S - sum(self.times.values())) / 3))
 
     def _has_searched_enough(self) -> bool:
         """Whether there is a plan and further ones are no longer worth the time."""
