@@ -196,7 +196,7 @@ class ParameterPlaces:
     def _narrow_needs(self, param: fx.Node) -> list[int]:
         """Positions at which the narrow form of a parameter is there, per phase."""
         cast = self._uses.casts.get(param)
-        return [self._order[cast], self._nodes.needed_by_block[cast]] if cast in self._nodes.of else []  # type: ignore[index]
+        return [] if cast is None or cast not in self._nodes.of else [self._order[cast], self._nodes.needed_by_block[cast]]
 
     def _windows(self, param: fx.Node, update_at: int | None) -> list[tuple[int, int]]:
         """Positions between which a parameter is there, per phase: forward, and backward with an early update."""

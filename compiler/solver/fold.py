@@ -16,13 +16,14 @@ Colours
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .graph import Graph
 from .model import Model
+from .substitute import without_slots
 
 LEAST_GAIN = 0.7
 """Folding pays if no more than this share of the nodes is left."""
@@ -67,25 +68,21 @@ def fold(model: Model, usages: Sequence[np.ndarray] = ()) -> Fold | None:
 
 def expand(folded: Fold, small: Graph, small_off: np.ndarray, msg: np.ndarray, graph: Graph, off: np.ndarray) -> np.ndarray:
     """Messages of the whole graph: those of the folded one, shared equally among the edges that an edge stands for."""
-    at, times = _halves(folded, small, graph)
-    length = np.diff(off)
-    entry = np.arange(int(off[-1])) - np.repeat(off[:-1], length) + np.repeat(small_off[:-1][at], length)
-    return msg[entry] / np.repeat(times, length)
+    entry, times = _entries(folded, small, small_off, graph, off)
+    return msg[entry] / times
 
 
 def collapse(folded: Fold, small: Graph, small_off: np.ndarray, graph: Graph, off: np.ndarray, msg: np.ndarray) -> np.ndarray:
     """The reverse of `expand`, for messages that are equal where edges are."""
-    at, times = _halves(folded, small, graph)
+    entry, times = _entries(folded, small, small_off, graph, off)
     out = np.zeros(int(small_off[-1]))
-    length = np.diff(off)
-    entry = np.arange(int(off[-1])) - np.repeat(off[:-1], length) + np.repeat(small_off[:-1][at], length)
-    out[entry] = msg * np.repeat(times, length)
+    out[entry] = msg * times
     return out
 
 
-def _numbers(keys) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _numbers(keys: Iterable[Hashable]) -> np.ndarray:
     """int64: equal keys, equal numbers, in the order of first appearance."""
-    seen: dict[object, int] = {}
+    seen: dict[Hashable, int] = {}
     return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
@@ -134,31 +131,27 @@ def _folded(model: Model, colour: np.ndarray) -> Fold:
     pairs, edge, times = np.unique(np.minimum(u, v) * num + np.maximum(u, v), return_index=True, return_counts=True)
     channels = np.vstack([model.edge_cost[None], model.edge_stream])
     parts = []
-    for pair, e, n in zip(pairs.tolist(), edge.tolist(), times.tolist(), strict=True):
+    for e, n in zip(edge.tolist(), times.tolist(), strict=True):
         part = channels[:, model.edge_off[e] : model.edge_off[e + 1]] * n
         if u[e] > v[e]:
             part = part.reshape(len(part), sizes[u[e]], sizes[v[e]]).transpose(0, 2, 1).reshape(len(part), -1)
-        assert pair == min(u[e], v[e]) * num + max(u[e], v[e])
         parts.append(part)
     edges = np.hstack(parts) if parts else channels[:, :0]
-    nothing = np.zeros(0, dtype=np.int64)
     small = replace(
-        model, node_off=node_off, cost=np.bincount(strategy, model.cost, int(node_off[-1])),
+        without_slots(model), node_off=node_off, cost=np.bincount(strategy, model.cost, int(node_off[-1])),
         node_stream=np.array([np.bincount(strategy, s, int(node_off[-1])) for s in model.node_stream]).reshape(-1, int(node_off[-1])),
         edge_u=pairs // num, edge_v=pairs % num, edge_off=np.concatenate([[0], np.cumsum([p.shape[1] for p in parts], dtype=np.int64)]),
         edge_cost=edges[0].copy(), edge_stream=edges[1:].copy(),
-        row_node=nothing, row_start=nothing, row_end=nothing, row_off=np.zeros(1, dtype=np.int64), row_bytes=np.zeros(0),
-        slot_limit=np.zeros(0), slot_pool=nothing, slot_time=nothing,
     )  # fmt: skip
     return Fold(small, colour, count, strategy)
 
 
-def _halves(folded: Fold, small: Graph, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """For each half-edge of the whole graph that of the folded one, and how many stand behind it."""
+def _entries(folded: Fold, small: Graph, small_off: np.ndarray, graph: Graph, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each entry of the whole graph's messages that of the folded one's, and how many edges stand behind it."""
     num = len(folded.count)
-    small_owner = np.repeat(np.arange(num), np.diff(small.half_off))
+    small_key = np.repeat(np.arange(num), np.diff(small.half_off)) * num + small.neighbor
     owner = np.repeat(np.arange(len(folded.colour)), np.diff(graph.half_off))
-    small_key = small_owner * num + small.neighbor
     order = np.argsort(small_key)
     at = order[np.searchsorted(small_key[order], folded.colour[owner] * num + folded.colour[graph.neighbor])]
-    return at, np.bincount(at, minlength=len(small_key))[at]
+    times, length = np.bincount(at, minlength=len(small_key))[at], np.diff(off)
+    return np.arange(int(off[-1])) + np.repeat(small_off[:-1][at] - off[:-1], length), np.repeat(times, length)

@@ -25,7 +25,7 @@ from .places_bound import Relaxation, Relaxed, argmax_per_node
 from .presolve import Reduced, presolve
 from .reasons import FORBIDDEN_EVERYWHERE, slot_reason
 from .start import Offer, Outcome, Start
-from .substitute import drop_slots
+from .substitute import drop_slots, without_slots
 
 MOST_NODES, MOST_ENTRIES = 20_000, 1_000_000
 """Nodes and edge entries above which the simplex method takes too long."""
@@ -156,7 +156,7 @@ def fits(model: Model) -> bool:
 
 def why_infeasible(problem: SelectionProblem, model: Model, deadline: float, seed: int) -> str:
     """The pool that is too small while the others keep their limits, with the bytes the leanest selection needs; or what else is known."""
-    part = presolve(_without_slots(model))
+    part = presolve(without_slots(model))
     if model.num_slots == 0 or part.infeasible:
         return FORBIDDEN_EVERYWHERE
     small = drop_slots(model)
@@ -181,18 +181,3 @@ def _least_bytes(model: Model, pool: int, deadline: float, seed: int) -> tuple[f
     if excess <= 0:
         excess = max(excess, relaxation.integral(deadline, 1e-6, seed, BRANCHES).bound)
     return limit + excess * relaxation.stretch(), slot
-
-
-def _without_slots(model: Model) -> Model:
-    nothing = np.zeros(0, dtype=np.int64)
-    return replace(
-        model,
-        row_node=nothing,
-        row_start=nothing,
-        row_end=nothing,
-        row_off=np.zeros(1, dtype=np.int64),
-        row_bytes=np.zeros(0),
-        slot_limit=np.zeros(0),
-        slot_pool=nothing,
-        slot_time=nothing,
-    )

@@ -8,7 +8,7 @@ and one way back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -280,4 +280,20 @@ def _with_slots(model: Model, keep: np.ndarray) -> Model:
         slot_limit=model.slot_limit[keep],
         slot_pool=model.slot_pool[keep],
         slot_time=model.slot_time[keep],
+    )
+
+
+def without_slots(model: Model) -> Model:
+    """The model without its memory."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return replace(
+        model,
+        row_node=nothing,
+        row_start=nothing,
+        row_end=nothing,
+        row_off=np.zeros(1, dtype=np.int64),
+        row_bytes=np.zeros(0),
+        slot_limit=np.zeros(0),
+        slot_pool=nothing,
+        slot_time=nothing,
     )
