@@ -94,7 +94,7 @@ def two_hosts(rate: str) -> Iterator[list[str]]:
             _ip(*inside, "ip", "link", "set", "lo", "up")
             _ip(*inside, "ip", "address", "add", f"{_SUBNET}.{host + 1}/24", "dev", "veth0")
             _ip(*inside, "ip", "link", "set", "veth0", "up")
-            _ip(*inside, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+            _ip(*inside, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", "rate", rate, "burst", "16kb", "latency", "200ms")
         yield names
     finally:
         for name in made:

@@ -28,6 +28,7 @@ from .fit_cluster import fitted
 from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest, versions, world
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+SLOW_S = 0.25  # what disturbs a collective that takes longer is small beside it, so a few runs will do
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -216,7 +217,7 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
 def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: torch.device, series: int) -> tuple[float, float]:
     """(seconds of the computation, seconds that communication behind it adds), in series of so many from barrier to barrier."""
 
-    def seconds(both: bool) -> float:
+    def seconds(both: bool, series: int = series) -> float:
         barrier()
         begin = time.perf_counter()
         for _ in range(series):
@@ -227,10 +228,12 @@ def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: t
         barrier()
         return (time.perf_counter() - begin) / series
 
-    # A slow link is measured a few times only; all ranks have the same mean, so they agree how often.
-    first = mean(seconds(True)) or 0.0
-    runs = range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))
     # Where ranks share cores, one that began late saw only the end of what the others did: the slowest saw all of it.
+    first = slowest([seconds(True, 1)])[0]
+    if first > SLOW_S:
+        without = slowest([seconds(False, 1)])[0]
+        return without, max(1e-6, first - without)
+    runs = range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))
     times = slowest([seconds(both) for _ in runs for both in (True, False)])
     with_it, without = measure.midmean(times[::2]), measure.midmean(times[1::2])
     return without, max(1e-6, with_it - without)
@@ -278,14 +281,16 @@ def _overlap(wires: Communication, device: torch.device) -> float:
             torch.mm(a, a)
 
     def seconds(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(9):
+        def once() -> float:
             barrier()
             begin = time.perf_counter()
             run()
             _synchronise(device)
-            times.append(time.perf_counter() - begin)
-        return sorted(times)[2]
+            return time.perf_counter() - begin
+
+        times = [once()]
+        times += [once() for _ in range(2 if slowest(times)[0] > SLOW_S else 8)]
+        return sorted(times)[len(times) // 4]
 
     def both() -> None:
         pending = wires.start("all_reduce", message)

@@ -182,12 +182,11 @@ def residual(errors: Sequence[float]) -> Residual:
 
 
 def line(points: Points) -> tuple[float, float]:
-    """(seconds, seconds per byte) through [bytes, seconds]: least squares of relative errors, neither below 0."""
-    weights = [1 / (y * y) for _, y in points]
-    total = sum(weights)
-    mean_x = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
-    mean_y = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
-    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points, strict=True))
-    slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True)) / spread if spread else 0.0
-    slope = max(slope, 1e-15)
-    return max(0.0, mean_y - slope * mean_x), slope
+    """(seconds, seconds per byte) through the first and the last of [bytes, seconds] by growing bytes, neither below 0.
+
+    Small messages say what every message takes, large ones the rate. Sizes in between would only mislead: behind switches and token
+    buckets they pass faster than the rate allows.
+    """
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    slope = max((y1 - y0) / (x1 - x0), 1e-15) if x1 > x0 else 1e-15
+    return max(0.0, y0 - slope * x0), slope
