@@ -161,9 +161,9 @@ def _add_edge_loads(weight, values, x, node_off, edge_u, edge_v, edge_off, out):
             out[node_off[v] + j] += weight * values[base + x[u] * width + j]
 
 
-def solve_exactly(model: Model, deadline: float, gap: float, seed: int) -> tuple[np.ndarray | None, float]:
-    """A selection of a small model and its bound; none and infinity if it has no feasible one."""
+def solve_exactly(model: Model, deadline: float, gap: float, seed: int, target: float = -math.inf) -> tuple[np.ndarray | None, float]:
+    """A selection of a small model, the first that costs ``target`` or less, and its bound; none and infinity if it has no feasible one."""
     if model.num_nodes == 0:
         return np.zeros(0, dtype=np.int64), model.objective(np.zeros(0, dtype=np.int64))
-    result = Mip(model).solve(deadline, gap, seed)
+    result = Mip(model).solve(deadline, gap, seed, target=target)
     return (None, math.inf) if result.infeasible else (result.selection, result.lower_bound)

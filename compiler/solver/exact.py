@@ -146,15 +146,15 @@ class Mip:
         row = np.zeros(len(nodes), dtype=np.int64)
         self.rows.add(row, column, np.ones(len(nodes)), np.array([-np.inf]), np.array([len(nodes) - 1.0]))
 
-    def solve(self, deadline: float, gap: float, seed: int, work_limit: int | None = None) -> ExactResult:
-        """Best solution within ``deadline`` (``time.perf_counter`` seconds)."""
+    def solve(self, deadline: float, gap: float, seed: int, work_limit: int | None = None, target: float = -np.inf) -> ExactResult:
+        """Best solution within ``deadline`` (``time.perf_counter`` seconds), or the first that costs ``target`` or less."""
         bound = -np.inf
         self._relax(deadline, seed)
         while True:
             remaining = deadline - time.perf_counter()
             if remaining <= 0:
                 return ExactResult(selection=None, objective=np.inf, lower_bound=bound, infeasible=False)
-            result = self._run(remaining, gap, seed, work_limit)
+            result = self._run(remaining, gap, seed, work_limit, target)
             reason = result.termination.reason
             if reason in (result_pb2.TERMINATION_REASON_INFEASIBLE, result_pb2.TERMINATION_REASON_INFEASIBLE_OR_UNBOUNDED):
                 return ExactResult(selection=None, objective=np.inf, lower_bound=np.inf, infeasible=True)
@@ -218,7 +218,9 @@ class Mip:
         per_strategy = np.where(self.node_var >= 0, values[np.maximum(self.node_var, 0)], -1.0)
         return np.array([int(per_strategy[a:b].argmax()) for a, b in zip(m.node_off[:-1], m.node_off[1:], strict=True)], dtype=np.int64)
 
-    def _run(self, seconds: float, gap: float, seed: int, work_limit: int | None, relaxed: bool = False) -> result_pb2.SolveResultProto:
+    def _run(
+        self, seconds: float, gap: float, seed: int, work_limit: int | None, target: float = -np.inf, relaxed: bool = False
+    ) -> result_pb2.SolveResultProto:
         params = parameters_pb2.SolveParametersProto()
         params.time_limit.FromNanoseconds(int(max(seconds, 0.01) * 1e9))
         params.relative_gap_tolerance = gap
@@ -226,7 +228,10 @@ class Mip:
         params.random_seed = seed % (2**31 - 1)
         if work_limit is not None:
             params.node_limit = work_limit
-        return run_highs(self._proto(relaxed), params)
+        program = self._proto(relaxed)
+        if target > -np.inf:  # MathOpt's own objective_limit is for programs without integers
+            params.highs.double_options["objective_target"] = (target - self.model.constant) / self.scale
+        return run_highs(program, params)
 
     def _proto(self, relaxed: bool = False) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()

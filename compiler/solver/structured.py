@@ -48,8 +48,9 @@ MOVES_PER_NODE, HOT = 5, 0.03
 """Of the local search: moves per node of the model, starting noise in units of cost per node."""
 
 
-FIRST_SLACK, WIDEN, PROBE_SHARE = 0.05, 4.0, 0.2
-"""Of the probes: the first cutoff above the bound in units of the gap, its growth, the share of the time left for each."""
+FIRST_SLACK, LEAST_SLACK, WIDEN, PROBE_SHARE = 0.05, 1e-9, 4.0, 0.2
+"""Of the probes: the first cutoff above the bound in units of the gap and at least, relative, where the gap is next to nothing, its growth,
+the share of the time left for each."""
 
 
 class Structured:
@@ -109,6 +110,10 @@ class Structured:
         met = self.objective - self.bound <= self.gap * abs(self.objective) if self.objective < math.inf else False
         return met or time.perf_counter() > self.deadline
 
+    def _target(self) -> float:
+        """What a selection may cost so that it is within the gap of the bound."""
+        return self.bound + self.gap / (1 + self.gap) * abs(self.bound)
+
     def _offer(self, x: np.ndarray, objective: float) -> None:
         if objective < self.objective:
             self.objective, self.x = objective, self.reduced.undo(x.copy())
@@ -154,7 +159,7 @@ class Structured:
         Whatever is found is a selection of the whole, and none below the cutoff is lost: the exact bound, up to the cutoff, holds.
         Ends with the first cutoff that is neither proven empty nor brings a better selection; True if one was found.
         """
-        slack, before = FIRST_SLACK * self.gap * abs(dual.bound), self.objective
+        slack, before = max(FIRST_SLACK * self.gap * abs(dual.bound), LEAST_SLACK * max(abs(dual.bound), LEAST_SLACK)), self.objective
         while not self.done():
             cutoff = min(dual.bound + slack, self.objective)
             reduced = presolve(dual.forbid([dual.best], cutoff))
@@ -179,7 +184,7 @@ class Structured:
         now = time.perf_counter()
         deadline = now + PROBE_SHARE * (self.deadline - now)
         if np.isfinite(model.edge_cost).sum() <= EXACT_ENTRIES:
-            return solve_exactly(model, deadline, 0.25 * self.gap, self.seed)
+            return solve_exactly(model, deadline, 0.25 * self.gap, self.seed, self._target())
         run = places.Places(Reduced(model), deadline, 0.25 * self.gap, self.seed, lambda objective, bound: None)
         run.run()
         return run.x, math.inf if run.infeasible else run.bound
@@ -207,7 +212,7 @@ class Structured:
         return self._reduce(dual.forbid(points, self.objective))
 
     def _exact(self) -> None:
-        x, bound = solve_exactly(self.reduced.model, self.deadline, 0.5 * self.gap, self.seed)
+        x, bound = solve_exactly(self.reduced.model, self.deadline, 0.5 * self.gap, self.seed, self._target())
         self.infeasible = self.x is None and bound == math.inf
         if x is not None:
             self._offer(x, self.reduced.model.objective(x))
