@@ -7,7 +7,7 @@
 - Where energy is minimised, a second of computing counts 1 + `busy_weight` (`cost_model.energy`): waiting for a message is cheaper.
 - What runs once per micro-batch is priced as often (`micro_batches`); the sums over micro-batches are there all the time until then.
 - Memory, pool "device": stored parameters and optimizer state over the whole step; a tensor from the op that makes it to its last
-  reader, through views of it; kept and read copies over their own intervals.
+  reader, through views of it; kept and read copies over their own intervals; what an op takes for itself while it runs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from ..cost_model.cluster import Cluster
 from ..cost_model.kernels import MATRIX_CLASSES, kernel_seconds
 from ..cost_model.work import class_of, op_class, op_work
 from ..runtime.communicator import DirectTransport
+from ..runtime.workspace import WORKSPACE_BYTES
 from .choices import Choice, ChoiceGraph, Link, readers_by_value
 from .factors import is_getitem, result_values
-from .layout import REPLICATED, Layout, num_pieces
+from .layout import REPLICATED, Layout, num_pieces, spec_of
 from .lower import BUCKET_BYTES
 from .micro_batches import first_behind, is_sum, num_runs
 from .overlap import Overlap
@@ -91,6 +92,7 @@ class Pricer:
         pools = {pool: limits[pool] for pool in (DEVICE, *tiers)}
         streams = ((SIDE,) if overlap else ()) + self.overlap.streams
         self.builder = ProblemBuilder(graph.step.model_name or "step", pools=pools, streams=streams)
+        self._workspaces: dict[int, np.ndarray] = {}  # by choice
         self._order = {node: i for i, node in enumerate(graph.step.graph.nodes)}
         self._readers = readers_by_value(graph.step)
         self._end = len(self._order)
@@ -315,10 +317,12 @@ class Pricer:
     def _op_memory(self, node: fx.Node, add, last_use) -> None:  # type: ignore[no-untyped-def]
         if aliased_operand(node) is not None or op_name(node) == UPDATE:
             return
-        if self._places is not None and (node in self._places.units or node in self._places.parameters.sums.values()):
-            return
         choice = self.graph.op_choice[node]
         at = self._order[node]
+        if node.target in WORKSPACE_BYTES and self.cluster.device.kind == "cpu":
+            add(choice, at, at + 1, self._workspace(choice))
+        if self._places is not None and (node in self._places.units or node in self._places.parameters.sums.values()):
+            return
         start, until = (0, self._behind) if is_sum(node) else (at, at + 1)
         for index, value in enumerate(result_values(node)):
             if value is None:
@@ -331,6 +335,24 @@ class Pricer:
                 add(choice, start, until, local)
                 end = self._places.parameters.gradient_end.get(value, last_use[value]) if self._places is not None else last_use[value]
                 add(kept, until, end, self._local(value, kept.options))
+
+    def _workspace(self, choice: Choice) -> np.ndarray:
+        """float64[options]: what the op takes for itself."""
+        if choice.index not in self._workspaces:
+            self._workspaces[choice.index] = np.array([float(self._workspace_of(choice.members[0], s)) for s in choice.options])
+        return self._workspaces[choice.index]
+
+    def _workspace_of(self, node: fx.Node, s: OpStrategy) -> int:
+        operands = iter([self._without_data(value, layout) for value, layout in zip(tensor_args(node), s.operands, strict=True)])
+        args = [next(operands) if isinstance(arg, fx.Node) else arg for arg in node.args]
+        result = self._without_data(node, s.results[0]) if isinstance(node.meta["val"], torch.Tensor) and s.results[0] is not None else None
+        return WORKSPACE_BYTES[node.target](result, *args)
+
+    def _without_data(self, value: fx.Node, layout: Layout) -> torch.Tensor:
+        """A device's piece of a tensor."""
+        whole: torch.Tensor = value.meta["val"]
+        spec = spec_of(layout, tuple(whole.shape), self.graph.factors.dims(value), self.graph.factors.splits(value), self.mesh)
+        return torch.empty(spec.local_shape(), dtype=whole.dtype, device="meta")
 
     def _read_memory(self, value, phase, choice, add, last_use) -> None:  # type: ignore[no-untyped-def]
         users = [op for op, _ in self._readers[value] if op.meta["op"].phase == phase]

@@ -30,6 +30,7 @@ from ..runtime.groups import PaperGroups
 from ..runtime.meta_ops import MetaOps
 from ..runtime.program import STORED_KINDS, LocalProgram
 from ..runtime.reuse import gathers_in_place
+from ..runtime.workspace import WORKSPACE_BYTES
 from ..torch_compat import FakeTensorMode, OpOverload
 from . import timeline_tiers
 from .analyse import analyse
@@ -302,14 +303,21 @@ class _Writer:
         if node.target in timeline_tiers.STARTS:
             self.held[node.name] = timeline_tiers.copied_bytes(node.target, self._arguments(node))
         self.made_at[node] = len(self.instructions)
+        made = tuple(self._buffers(node, owner))
+        workspace = self._workspace(node)
+        if workspace:
+            made += (Buffer(f"workspace of {node.name}", POOL, workspace, "workspace"),)
+            freed += (f"workspace of {node.name}",)
         if stream == COMPUTE:
             self.last_compute = len(self.instructions)
             self.computed_s += seconds
         self.instructions.append(
-            Instruction(
-                node.name, stream, seconds, waits, tuple(self._buffers(node, owner)), freed, uses, op_class, self.num_runs, lane
-            )
+            Instruction(node.name, stream, seconds, waits, made, freed, uses, op_class, self.num_runs, lane)
         )
+
+    def _workspace(self, node: fx.Node) -> int:
+        of = WORKSPACE_BYTES.get(node.target) if self.cluster.device.kind == "cpu" else None
+        return of(self.values[node], *self._arguments(node)) if of is not None else 0
 
     def _price(self, node: fx.Node) -> tuple[str, float, str]:
         """(stream, seconds, class) of a node."""

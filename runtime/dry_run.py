@@ -22,6 +22,7 @@ from .program import STORED_KINDS, LocalProgram, Port
 from .program_text import write
 from .reuse import gathers_in_place
 from .tiers import TierStore
+from .workspace import NOT_COUNTED
 
 
 def _inputs(program: LocalProgram, coords: tuple[int, ...], store: TierStore) -> list[Any]:
@@ -46,7 +47,8 @@ def _empty(port: Port) -> torch.Tensor:
 def dry_run(program: LocalProgram, ops: MetaOps | None = None, *, backend: str = "gloo") -> MemoryReport:
     """Peak memory of one step of `program`, which must have been lowered for the device "meta", on a rank that needs most.
 
-    ops: what is known of ops already. backend: of the collectives ("gloo" or "nccl"): their buffers differ.
+    ops: what is known of ops already. backend: of the collectives ("gloo" on CPUs, or "nccl"): their buffers differ, and the workspaces of
+    ops.
     """
     ops = ops or MetaOps()
     account = MemoryAccount(slot_names(program), stored_slots(program))
@@ -55,7 +57,8 @@ def dry_run(program: LocalProgram, ops: MetaOps | None = None, *, backend: str =
     values = _inputs(program, groups.coords, store)
     stored = list(values)  # alive all the time, as in a state: an address must not be given to another storage
     text = write(program.graph, tracked=True, into=gathers_in_place(program))
-    step = text.bind({update.fused_update: update.update_on_paper} | Communicator(groups).bindings() | store.bindings(None))
+    bindings = {update.fused_update: update.update_on_paper} | Communicator(groups).bindings() | store.bindings(None)
+    step = text.bind(bindings | ({} if backend == "gloo" else NOT_COUNTED))
     step.__globals__.update({name: ops.of(op) for name, op in text.constants.items() if isinstance(op, OpOverload)})
     try:
         step(values, account.track, account.drop)

@@ -25,6 +25,7 @@ from .resident import keep_unless_returned
 from .reuse import gathers_in_place
 from .state import ProgramState
 from .tiers import Parked, TierOptions, TierStore, Traffic
+from .workspace import NOT_COUNTED
 
 __all__ = ["Executor", "MemoryLimitError", "MemoryReport", "ProgramText", "program_axes", "write"]
 
@@ -155,7 +156,7 @@ class Executor:
     def _run_tracked(self, values: list[Any]) -> Sequence[Any]:
         text = write(self.program.graph, tracked=True, into=self._into)
         account = MemoryAccount(slot_names(self.program), stored_slots(self.program), self.limit_bytes)
-        step = text.bind(self._bindings())
+        step = text.bind(self._bindings() | ({} if self.device.type == "cpu" else NOT_COUNTED))
         try:
             results = step(values, account.track, account.drop)
         except Exception as error:

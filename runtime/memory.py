@@ -49,13 +49,14 @@ class _Block:
 
 @dataclass(slots=True)
 class _Pool:
-    """Bytes in use. peak_at: event and slot of the peak."""
+    """Bytes in use. peak_at: event and slot of the peak. peak_workspace_bytes: what the op there took for itself."""
 
     limit_bytes: int | None
     current_bytes: int = 0
     stored_bytes: int = 0
     peak_bytes: int = 0
     peak_at: tuple[int, int] = (0, 0)
+    peak_workspace_bytes: int = 0
 
 
 class MemoryAccount:
@@ -74,8 +75,9 @@ class MemoryAccount:
         self.now = 0
         self.pools = {name: _Pool(limits.get(name)) for name in POOLS}
 
-    def track(self, slot: int, value: Any) -> None:
-        """An instruction has made `value`, or a value has let go of something. Raises MemoryLimitError."""
+    def track(self, slot: int, value: Any, workspace_bytes: int = 0) -> None:
+        """An instruction has made `value`, with so much memory on the device for itself, or a value has let go of something. Raises
+        MemoryLimitError."""
         self.now += 1
         before = self.of_slot.get(slot, ())
         keys = self.of_slot[slot] = set()
@@ -90,9 +92,11 @@ class MemoryAccount:
             block.num_slots += 1
         self._release(before)
         for name, count in self.pools.items():
-            if count.current_bytes > count.peak_bytes:
-                count.peak_bytes = count.current_bytes
+            used = count.current_bytes + (workspace_bytes if name == "device" else 0)
+            if used > count.peak_bytes:
+                count.peak_bytes = used
                 count.peak_at = (self.now, slot)
+                count.peak_workspace_bytes = used - count.current_bytes
                 if count.limit_bytes is not None and count.peak_bytes > count.limit_bytes:
                     raise MemoryLimitError(self._over(name))
 
@@ -134,8 +138,9 @@ class MemoryAccount:
                 del self.live[key]
 
     def _owners(self, pool: str) -> Owners:
-        event, _ = self.pools[pool].peak_at
+        (event, slot), workspace = self.pools[pool].peak_at, self.pools[pool].peak_workspace_bytes
         alive = [(self.names[b.owner], b.num_bytes) for b in self.blocks if b.pool == pool and b.born <= event < b.died]
+        alive += [(f"{self.names[slot]}'s workspace", workspace)] if workspace else []
         return tuple(sorted(alive, key=lambda pair: (-pair[1], pair[0])))
 
     def _over(self, name: str) -> str:

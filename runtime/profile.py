@@ -83,7 +83,7 @@ def record(executor: Executor, inputs: Inputs) -> tuple[list[Any], list[Read]]:
     clock, wait = time.perf_counter, torch.cuda.synchronize if executor.device.type == "cuda" else None
     read: list[tuple[int, float]] = []
 
-    def track(slot: int, _: Any) -> None:
+    def track(slot: int, _: Any, workspace_bytes: int = 0) -> None:
         if wait is not None:
             wait()
         read.append((slot, clock()))

@@ -20,6 +20,7 @@ from torch import fx
 
 from .. import torch_compat
 from . import collectives, micro_batches, tiers
+from .workspace import WORKSPACE_BYTES
 
 Overwrites = dict[fx.Node, dict[int, fx.Node]]  # as `reuse.gathers_in_place` returns
 _SUMS = (micro_batches.accumulate, tiers.add_up)  # their first argument is what they yielded in the round before
@@ -195,8 +196,12 @@ class _Writer:
             self.line_nodes[len(self.lines)] = node
 
     def _report(self, node: fx.Node) -> None:
-        if self.tracked:
-            self._add(f"track({self.slot[node]}, {self._name(node)})", node)
+        if not self.tracked:
+            return
+        workspace = ""
+        if node.target in WORKSPACE_BYTES:
+            workspace = f", {self._constant(WORKSPACE_BYTES[node.target])}({', '.join(map(self._value, (node, *node.args)))})"
+        self._add(f"track({self.slot[node]}, {self._name(node)}{workspace})", node)
 
     def _delete(self, nodes: Sequence[fx.Node]) -> None:
         if nodes:
