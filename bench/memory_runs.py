@@ -177,7 +177,7 @@ def peaks_summary(rows: Sequence[Row]) -> Row:
         "resident_errors_of_large": resident,
         "num_resident_within": sum(-MOST_OFF <= error <= MOST_BELOW for error in resident),
         "within_limit": all(row["measured_bytes"]["device"] <= row["limit_bytes"] for row in ran),
-        "holds": all(row["holds"] for row in rows),
+        "holds": all(row["holds"] for row in rows) and all(-MOST_OFF <= error <= MOST_BELOW for error in resident),
     }
 
 
