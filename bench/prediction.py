@@ -59,7 +59,7 @@ from .prediction_summary import Row, holds, markdown, plot, summary, table
 from .speed import Speed
 
 FORCED = ("ddp", "zero3", "megatron")
-ROUNDS, STEPS_PER_ROUND = 4, 3
+ROUNDS, STEPS_PER_ROUND = 5, 3
 PLANNING_S = 10.0
 
 
@@ -83,7 +83,7 @@ def rows_of_model(name: str, cluster: Cluster, speed: Speed | None = None) -> li
                 model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
                 predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
                 noise=abs(_quintile(found[:half]) / _quintile(found[half:]) - 1), mesh="x".join(map(str, step.plan.mesh)),
-                same_as=None if same == plan else same, drift=drift,
+                same_as=None if same == plan else same, drift=drift, rounds_s=_of_rounds(found),
             )
         )  # fmt: skip
     return rows
@@ -91,6 +91,10 @@ def rows_of_model(name: str, cluster: Cluster, speed: Speed | None = None) -> li
 
 def _quintile(times: Sequence[float]) -> float:
     return sorted(times)[len(times) // 5]
+
+
+def _of_rounds(times: Sequence[float]) -> list[float]:
+    return [statistics.median(times[i : i + STEPS_PER_ROUND]) for i in range(0, len(times), STEPS_PER_ROUND)]
 
 
 def _single(name: str, cluster: Cluster) -> list[tuple[str, TrainingStep, Any]]:

@@ -2,9 +2,9 @@
 
 error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran some ops
 before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs of plans
-whose measured times differ by more than noise; its mean and least value. picked_vs_best: measured time of "auto" over that of the fastest
-plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of "datasheet" over that of
-"auto" where the two plans differ.
+of which one was the faster in every round, and by more than `LEAST_NOISE`; its mean and least value. picked_vs_best: measured time of "auto"
+over that of the fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of
+"datasheet" over that of "auto" where the two plans differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ LEAST_NOISE = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One plan of one model. planned_s: what the plan says. same_as: a plan with the same decisions. drift: see `speed`."""
+    """One plan of one model. planned_s: what the plan says. rounds_s: the median step of each round, in which the plans took turns.
+    same_as: a plan with the same decisions. drift: see `speed`."""
 
     model: str
     plan: str
@@ -34,6 +35,7 @@ class Row:
     mesh: str
     same_as: str | None = None
     drift: float = 1.0
+    rounds_s: Sequence[float] = ()
 
     @property
     def error(self) -> float:
@@ -48,10 +50,16 @@ def kendall_tau(rows: Iterable[Row]) -> float | None:
     """Agreement of the order by prediction with the measured one, -1 to 1; None where all plans are alike within noise."""
     signs = []
     for a, b in itertools.combinations(rows, 2):
-        noise = 2 * max(a.noise, b.noise, LEAST_NOISE / 2)
-        if a.same_as is None and b.same_as is None and abs(a.measured_s / b.measured_s - 1) > noise:
+        if a.same_as is None and b.same_as is None and _differ(a, b):
             signs.append(1 if (a.predicted_s < b.predicted_s) == (a.measured_s < b.measured_s) else -1)
     return statistics.fmean(signs) if signs else None
+
+
+def _differ(a: Row, b: Row) -> bool:
+    """Whether two plans' measured times can be told apart: the machine is faster and slower from round to round, for both alike."""
+    a_is_faster = a.measured_s < b.measured_s
+    agree = all((x < y) == a_is_faster for x, y in zip(a.rounds_s, b.rounds_s, strict=True))
+    return agree and abs(a.measured_s / b.measured_s - 1) > LEAST_NOISE
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

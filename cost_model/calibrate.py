@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SLOW_S = 0.25  # what disturbs a collective that takes longer is small beside it, so a few runs will do
+PASSES = 3
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -183,12 +185,23 @@ def _collective_steps(start: Cluster, device: torch.device, options: Options, co
     return steps
 
 
-def _collective_points(wires: Communication, kind: str, sizes: tuple[int, ...], group: int, device: torch.device) -> list[list[float]]:
-    return [[float(b), collective_sample(wires, kind, b, group, device)] for b in sizes]
+def _collective_points(wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device) -> list[list[float]]:
+    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device))
 
 
-def _many_points(wires: Communication, kind: str, sizes: list[int], group: int, device: torch.device) -> list[list[float]]:
-    return [[float(b), collective_sample(wires, kind, b, group, device, at_once=4) / 4] for b in sizes]
+def _many_points(wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device) -> list[list[float]]:
+    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device, at_once=4) / 4)
+
+
+def _passes(sizes: Sequence[int], sample: Callable[[int], float]) -> list[list[float]]:
+    """[bytes, seconds]: the median of `PASSES` over all sizes, some seconds apart, since another program's second of work must not make a
+    price. What takes long is measured once."""
+    found = [[sample(b)] for b in sizes]
+    for _ in range(PASSES - 1):
+        for b, seconds in zip(sizes, found, strict=True):
+            if seconds[0] <= SLOW_S:  # the same on all ranks
+                seconds.append(sample(b))
+    return [[float(b), statistics.median(seconds)] for b, seconds in zip(sizes, found, strict=True)]
 
 
 def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torch.Tensor:
@@ -233,7 +246,7 @@ def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: t
     if first > SLOW_S:
         without = slowest([seconds(False, 1)])[0]
         return without, max(1e-6, first - without)
-    runs = range(max(2, min(12, int(0.5 / max(first * series, 1e-6)))))
+    runs = range(max(2, min(6, int(0.25 / max(first * series, 1e-6)))))
     times = slowest([seconds(both) for _ in runs for both in (True, False)])
     with_it, without = measure.midmean(times[::2]), measure.midmean(times[1::2])
     return without, max(1e-6, with_it - without)
@@ -249,7 +262,8 @@ def _spacing(wires: Communication, group: int, device: torch.device) -> list[lis
             layers.run()
 
     pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, long]
-    return [list(_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5)) for piece in pieces]
+    passes = [[_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5) for piece in pieces] for _ in range(PASSES)]
+    return [[statistics.median(values) for values in zip(*points, strict=True)] for points in zip(*passes, strict=True)]
 
 
 def _computation(device: torch.device) -> Callable[[], Any]:

@@ -15,10 +15,10 @@ from opweave.cost_model.cluster import Cluster
 ROOT = Path(__file__).parents[1]
 
 
-def row(plan, predicted, measured, *, model="m", ranks=2, noise=0.01, same_as=None):
+def row(plan, predicted, measured, *, model="m", ranks=2, rounds=(), same_as=None):
     return Row(
-        model=model, plan=plan, ranks=ranks, predicted_s=predicted, measured_s=measured, planned_s=predicted, noise=noise, mesh="2",
-        same_as=same_as,
+        model=model, plan=plan, ranks=ranks, predicted_s=predicted, measured_s=measured, planned_s=predicted, noise=0.01, mesh="2",
+        same_as=same_as, rounds_s=rounds,
     )  # fmt: skip
 
 
@@ -30,7 +30,9 @@ def test_the_order_of_plans():
 
 def test_plans_that_noise_cannot_tell_apart_are_ties():
     assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.01)]) is None
-    assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, noise=0.06)]) is None
+    turns = (0.9, 1.0, 1.2), (1.0, 1.1, 1.1)
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0, rounds=turns[0]), row("b", 1, 1.1, rounds=turns[1])]) is None
+    assert prediction_summary.kendall_tau([row("a", 2, 1.0, rounds=turns[0]), row("b", 1, 1.1, rounds=(1.0, 1.1, 1.3))]) == -1
     assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1)]) == -1
     assert prediction_summary.kendall_tau([row("a", 2, 1.0), row("b", 1, 1.1, same_as="a")]) is None
 

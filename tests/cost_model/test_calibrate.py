@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 import warnings
 
 import pytest
@@ -217,8 +218,17 @@ def test_ranks_that_share_cores_take_turns_by_their_mean_share(monkeypatch):
 
 
 def test_a_collective_is_what_the_slowest_rank_sees(monkeypatch):
-    """Another rank, on which every run takes a second longer with a collective in it."""
+    """Another rank, on which every run takes a tenth of a second longer with a collective in it."""
     seen = []
-    monkeypatch.setattr(calibration, "slowest", lambda times: [t + 1.0 * (i % 2 == 0) for i, t in enumerate(times)])
+    monkeypatch.setattr(calibration, "slowest", lambda times: [t + 0.1 * (i % 2 == 0) for i, t in enumerate(times)])
     _, added = calibration._added(lambda: None, lambda: seen.append(1), torch.device("cpu"), 2)
-    assert added == pytest.approx(1.0, abs=0.1) and seen
+    assert added == pytest.approx(0.1, abs=0.01) and seen
+
+
+def test_a_slow_collective_is_measured_once_and_others_in_several_passes(monkeypatch):
+    seen = []
+    monkeypatch.setattr(calibration, "SLOW_S", 0.02)
+    _, added = calibration._added(lambda: None, lambda: (seen.append(1), time.sleep(0.05)), torch.device("cpu"), 2)
+    assert len(seen) == 1 and added == pytest.approx(0.05, abs=0.02)
+    answers = {1: iter([0.01, 0.5, 0.012]), 2: iter([0.1])}
+    assert calibration._passes((1, 2), lambda b: next(answers[b])) == [[1.0, 0.012], [2.0, 0.1]]
