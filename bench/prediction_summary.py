@@ -3,8 +3,8 @@
 error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran some ops
 before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs of plans
 of which one was the faster in every round, and by more than `LEAST_NOISE`; its mean and least value. picked_vs_best: measured time of
-"auto" over that of the fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of
-"datasheet" over that of "auto" where the two plans differ.
+"auto" over that of the fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured
+time of "datasheet" over that of "auto" where the two plans differ.
 """
 
 from __future__ import annotations
