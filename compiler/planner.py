@@ -76,12 +76,12 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 # The simulation decides among those with places: room costs little where most is elsewhere anyway, and much where nearly all is resident.
 # With 0.03, 0.12, 0.18 of the memory free opt-30b in batches of 8 on one A100 takes 9.01, 8.60, 8.26 s simulated (objective 8.07, 8.11,
 # 8.13 s), opt-66b in batches of 8 on eight of 80 GB 2.70, 2.94 s and more (2.59, 2.82, at least 3.04 s).
-_ROOMY = ((0.98, 0.03), (0.98, 0.18), (0.98, 0.12), (0.8, 0.12), (0.0, 0.12))
+_ROOMY = ((0.98, 0.12), (0.98, 0.03), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
 _FORMS = {AUTO: (_LOOSE, *(_Form(True, *form) for form in _ROOMY), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 36.0
-_LEAST_S = 3.0  # what a problem that is begun gets at least
+_FORM_S = 20.0  # what a form gets at most, as long as further ones may do better
 _NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
@@ -197,11 +197,10 @@ class _Search:
             if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])
 
-    def _time_left_s(self) -> float:
-        """For a problem: as asked for; where there is a plan, a third of what is left of the search's time, for other forms."""
-        if math.isinf(self.best_s):
-            return self.time_limit_s
-        return min(self.time_limit_s, max(_LEAST_S, (_ENOUGH_S - sum(self.times.values())) / 3))
+    def _time_limit_s(self, form: _Form) -> float:
+        """For a problem: as asked for where it is a last resort, else so that there is time for other forms."""
+        is_last_resort = form in (_FULL, _LEAN) and math.isinf(self.best_s)
+        return self.time_limit_s if is_last_resort else min(self.time_limit_s, _FORM_S)
 
     def _has_searched_enough(self) -> bool:
         """Whether there is a plan and further ones are no longer worth the time."""
@@ -306,7 +305,7 @@ class _Search:
         )  # fmt: skip
         priced = pricer.price()
         t1 = time.perf_counter()
-        solution = _solution(priced.problem, self._time_left_s())
+        solution = _solution(priced.problem, self._time_limit_s(form))
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
         return Candidate(mesh, priced, solution, form.places)

@@ -18,7 +18,7 @@ _BLOCK = 16
 _FEW_CHANNELS = 3  # an image of up to so many is read as it is
 _SMALL = 20480  # elements of a single sample up to which torch does without oneDNN
 
-Operands = Sequence[Any]
+Numbers = Sequence[int]
 
 
 class _Side(NamedTuple):
@@ -36,7 +36,7 @@ class _Side(NamedTuple):
 class _Convolution:
     """x → y, forwards or backwards. For a transposed one x is what the filter yields and y what it reads."""
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, stride: Operands, dilation: Operands, groups: int) -> None:
+    def __init__(self, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, stride: Numbers, dilation: Numbers, groups: int) -> None:
         self.x, self.y = _Side.of(x), _Side.of(y)
         self.x_read = 0 if x.shape[1] <= _FEW_CHANNELS else self.x.blocked
         self.spreads = groups == 1 and max(stride) > 1  # its gradient is spread over more places than it has
@@ -52,7 +52,7 @@ class _Convolution:
 
     def make_x(self) -> int:
         if not self.blocks:
-            return self._of_groups(self.patches // self.samples, self.x)
+            return self._of_groups(self.patches // max(1, self.samples), self.x)
         if self.spreads and not self.x_read:
             return max(self.y.blocked, 2 * self.x.plain)
         spread = self.x.blocked if self.spreads else 0
@@ -68,7 +68,7 @@ class _Convolution:
         return patches if self.groups == 1 else patches // self.groups + made.plain
 
 
-def _uses_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Operands, dilation: Operands, groups: int) -> bool:
+def _uses_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Numbers, dilation: Numbers, groups: int) -> bool:
     """As torch decides (`use_mkldnn` in aten/src/ATen/native/Convolution.cpp), with one thread."""
     if not torch.backends.mkldnn.is_available() or x.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -79,7 +79,7 @@ def _uses_onednn(x: torch.Tensor, weight: torch.Tensor, stride: Operands, dilati
     return pays and (groups > 1 or min(kernel[-2:]) > 3 or x.shape[0] > 1 or x.numel() > _SMALL)
 
 
-def _between(read: torch.Tensor, weight: torch.Tensor, made: torch.Tensor, conv: Operands) -> _Convolution | None:
+def _between(read: torch.Tensor, weight: torch.Tensor, made: torch.Tensor, conv: Sequence[Any]) -> _Convolution | None:
     """None where nothing is copied: channels that lie innermost already."""
     stride, _, dilation, transposed, _, groups = conv
     if read.dim() == 4 and not read.is_contiguous() and read.is_contiguous(memory_format=torch.channels_last):
