@@ -81,7 +81,7 @@ _FORMS = {AUTO: (_LOOSE, *(_Form(True, *form) for form in _ROOMY), _FULL, _LEAN)
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 36.0
-_FORM_S = 20.0  # what a form gets at most, as long as further ones may do better
+_FORM_S = 20.0  # what a form with places gets at most, as long as there are others
 _NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 _SUM_IS_OFF = 0.02  # of the bytes that the problem adds up, those of the program are at most so much less
 _SMALLER_BUCKETS = (1 / 8, 0)  # of the largest that did not fit
@@ -198,9 +198,9 @@ class _Search:
                 self._fit(mesh, form, is_last=form == forms[-1])
 
     def _time_limit_s(self, form: _Form) -> float:
-        """For a problem: as asked for where it is a last resort, else so that there is time for other forms."""
+        """For a problem: as asked for, but for those with places only so much that other forms have their turn, too."""
         is_last_resort = form in (_FULL, _LEAN) and math.isinf(self.best_s)
-        return self.time_limit_s if is_last_resort else min(self.time_limit_s, _FORM_S)
+        return min(self.time_limit_s, _FORM_S) if form.places and not is_last_resort else self.time_limit_s
 
     def _has_searched_enough(self) -> bool:
         """Whether there is a plan and further ones are no longer worth the time."""
