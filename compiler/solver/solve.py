@@ -132,7 +132,10 @@ class _Best:
 
 @lru_cache(maxsize=1)
 def warm_up() -> None:
-    """Load (and on a machine's first use compile) the kernels of all engines, so that no time limit pays for it."""
+    """Load (and on a machine's first use compile) the kernels that the planner's problems begin with, so that no time limit pays for it.
+
+    Not those of the general engine's search: a first large problem in a new installation compiles them within its own time, some 13 s.
+    """
     builder = ProblemBuilder(pools={"device": 10.0}, streams=("side",))
     nodes = [builder.add_node([1.0, 2.0, 3.0], [[-1.0, 0.0, 0.0]]) for _ in range(5)]
     for a, b in itertools.pairwise(nodes):
