@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opweave.compiler import problem_io
-from opweave.compiler.solver import Solution, nothing_printed, solve
+from opweave.compiler.solver import Solution, nothing_printed, solve, warm_up, warm_up_search
 
 ANYTIME_S = 10.0
 DEFAULT_LIMIT_S = 60.0
@@ -135,6 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in files]
     if unknown:
         parser.error(f"no instance {unknown[0]!r} in {options.folder}; there are {', '.join(files)}")
+    with nothing_printed():  # before the first clock starts: in a new installation the kernels are compiled now
+        warm_up()
+        warm_up_search()
     rows = []
     for name in names:
         reference = known.get(name, {})

@@ -6,6 +6,6 @@ if __name__ != "opweave.compiler.solver":
 
 from .quiet import nothing_printed
 from .solution import HistoryPoint, Solution
-from .solve import solve, warm_up
+from .solve import solve, warm_up, warm_up_search
 
-__all__ = ["HistoryPoint", "Solution", "nothing_printed", "solve", "warm_up"]
+__all__ = ["HistoryPoint", "Solution", "nothing_printed", "solve", "warm_up", "warm_up_search"]
