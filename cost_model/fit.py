@@ -25,7 +25,7 @@ from .work import class_of
 EVENNESS = 0.3  # how much a change of slope counts beside a sample's error, both in logarithms
 KNOTS = (3, 5, 8, 12)
 HALF_DIMS = (0, 2, 4, 8, 16, 32, 64)
-BYTE_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+BYTE_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 Points = list[list[float]]
 

@@ -4,7 +4,7 @@
     seconds = launch + ramp + ideal / efficiency
 
 - peak: of the dtype for matrix work, of float32 for all else (elementwise work in half precision is done in float32).
-- half_dim: a product whose smallest side is half_dim runs at half the rate (tiles are partly empty).
+- half_dim: a product whose result has half_dim as its smaller side runs at half the rate (tiles are partly empty).
 - ramp: what filling and draining the device costs, so small kernels are less efficient than large ones.
 - efficiency: share of the binding peak that large kernels reach, per class; the cluster file's `device.efficiency` first.
 
@@ -152,7 +152,7 @@ def kernel_seconds(
     dtype: str = "float32",
     min_dim: Floats | float = math.inf,
 ) -> Floats:
-    """Predicted seconds of kernels of one class and dtype, as arrays that broadcast: flops, bytes, smallest side of the product."""
+    """Predicted seconds of kernels of one class and dtype, as arrays that broadcast: flops, bytes, smaller side of the product's result."""
     flops, num_bytes = np.asarray(flops, dtype=float), np.asarray(num_bytes, dtype=float)
     if op_class == "view":
         return np.full(np.broadcast_shapes(flops.shape, num_bytes.shape), device.view_s)
