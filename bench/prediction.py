@@ -8,15 +8,16 @@ file already), then trains. Where the system allows it (root on Linux) all of it
 on the machine take little part. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's
 with the calibrated prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
 
-FOLDER keeps the cluster files, for planning and for later runs, and the rows of models that are done until the result is written: a run
-that was interrupted goes on from there when the same command is given again.
+FOLDER keeps the cluster files, for planning and for later runs, and the rows of the numbers of ranks that are done until the result is
+written: a run that was interrupted goes on from there when the same command is given again.
 
 predicted_s: the simulation of the lowered program with the calibrated prices. measured_s: lower quintile over rounds of the slowest
-rank's step, for other programs only ever add.
+rank's step, for other programs only ever add. A round goes over all plans of all models, so that the rounds of a plan lie half a minute
+apart: a guest on a shared host is now and then 10 to 40 % slower for seconds or minutes.
 The plans of a model take turns in one process group, so that what else the machine does meets all alike; before its timed steps a plan
 takes one untimed step, which puts its own data into the caches. Several timed steps follow: where ranks share cores the first ones still
 depend on the plan before (with one, plans behind ZeRO-3 were 5 to 15 % slower on 4 ranks of 2 cores, in whichever order they were taken).
-noise: how much the two halves of the rounds differ.
+noise: how much the slowest round took over the fastest one.
 `prediction_summary` says what is made of the rows.
 """
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import os
 import platform
@@ -33,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,37 +58,34 @@ from opweave.runtime.groups import on_first_rank
 
 from . import prediction_models
 from .prediction_summary import Row, holds, markdown, plot, summary, table
-from .speed import Speed
 
 FORCED = ("ddp", "zero3", "megatron")
-ROUNDS, STEPS_PER_ROUND = 5, 3
+ROUNDS, STEPS_PER_ROUND = 7, 3
 PLANNING_S = 10.0
 
 
 # -- in the job's processes ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of_model(name: str, cluster: Cluster, speed: Speed | None = None) -> list[Row]:
-    """All plans of one model on this job's ranks. All ranks call it."""
-    steps = _single(name, cluster) if cluster.num_devices == 1 else _plans(name, cluster)
-    before = speed.drift() if speed is not None else 1.0
-    times = take_turns([(step, batch) for _, step, batch in steps])
-    drift = statistics.fmean([before, speed.drift()]) if speed is not None else 1.0
-    rows: list[Row] = []
+def rows_of(models: Sequence[str], cluster: Cluster) -> list[Row]:
+    """All plans of these models on this job's ranks. All ranks call it."""
+    plans = [(name, _single(name, cluster) if cluster.num_devices == 1 else _plans(name, cluster)) for name in models]
+    times = take_turns([[(step, batch) for _, step, batch in steps] for _, steps in plans])
+    return [row for (name, steps), found in zip(plans, times, strict=True) for row in _rows(name, steps, found, cluster)]
+
+
+def _rows(name: str, steps: Sequence[tuple[str, TrainingStep, Any]], times: Sequence[Sequence[float]], cluster: Cluster) -> Iterator[Row]:
     seen: dict[str, str] = {}
     for (plan, step, _), found in zip(steps, times, strict=True):
         assert step.program is not None and step.plan is not None
         same = seen.setdefault(plan_text(step.plan), plan) if cluster.num_devices > 1 else plan
-        half = len(found) // 2
-        rows.append(
-            Row(
-                model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
-                predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
-                noise=abs(_quintile(found[:half]) / _quintile(found[half:]) - 1), mesh="x".join(map(str, step.plan.mesh)),
-                same_as=None if same == plan else same, drift=drift, rounds_s=_of_rounds(found),
-            )
+        rounds_s = _of_rounds(found)
+        yield Row(
+            model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
+            predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
+            noise=max(rounds_s) / min(rounds_s) - 1, mesh="x".join(map(str, step.plan.mesh)),
+            same_as=None if same == plan else same, rounds_s=rounds_s,
         )  # fmt: skip
-    return rows
 
 
 def _quintile(times: Sequence[float]) -> float:
@@ -132,15 +131,15 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def take_turns(
-    steps: Sequence[tuple[TrainingStep, Any]], rounds: int = ROUNDS, steps_per_round: int = STEPS_PER_ROUND
-) -> list[list[float]]:
-    """Seconds of every timed step, the slowest rank's, by plan. All ranks call it."""
-    for step, batch in steps:
+    groups: Sequence[Sequence[tuple[TrainingStep, Any]]], rounds: int = ROUNDS, steps_per_round: int = STEPS_PER_ROUND
+) -> list[list[list[float]]]:
+    """Seconds of every timed step, the slowest rank's, by group and plan. All ranks call it. A round goes over all groups."""
+    for step, batch in itertools.chain(*groups):
         step(batch)
     gc.collect()
-    mine: list[list[float]] = [[] for _ in steps]
+    mine: list[list[list[float]]] = [[[] for _ in group] for group in groups]
     for _ in range(rounds):
-        for (step, batch), times in zip(steps, mine, strict=True):
+        for (step, batch), times in zip(itertools.chain(*groups), itertools.chain(*mine), strict=True):
             step(batch)
             for _ in range(steps_per_round):
                 _barrier()
@@ -149,7 +148,8 @@ def take_turns(
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - begin)
-    return [[max(ranks) for ranks in zip(*by_rank, strict=True)] for by_rank in zip(*_from_all(mine), strict=True)]
+    by_group = zip(*_from_all(mine), strict=True)
+    return [[[max(ranks) for ranks in zip(*by_rank, strict=True)] for by_rank in zip(*group, strict=True)] for group in by_group]
 
 
 def _barrier() -> None:
@@ -174,9 +174,9 @@ def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
         calibration.calibrate_here(cluster_file, Options(dtypes=(torch.float32,)))
     _barrier()
     cluster = Cluster.load(cluster_file)
-    speed = None if torch.cuda.is_available() else Speed()
-    for name in models:
-        rows = rows_of_model(name, cluster, speed)
+    # Models that fill a GPU would not fit together, and nobody else is on it.
+    for together in [[name] for name in models] if torch.cuda.is_available() else [models]:
+        rows = rows_of(together, cluster)
         gc.collect()
         if leads:
             done = [asdict(row) for row in (*finished_rows(rows_file), *rows)]

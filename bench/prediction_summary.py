@@ -1,10 +1,9 @@
 """The rows of `bench.prediction` and what is made of them: a summary, tables, a picture.
 
-error: |predicted / measured - 1| over all rows; less_drift: with the predicted times multiplied by how much slower the machine ran some ops
-before and after the model's steps than right behind calibration (`speed`). kendall_tau: per model and number of ranks, over pairs of plans
-of which one was the faster in every round, and by more than `LEAST_NOISE`; its mean and least value. picked_vs_best: measured time of
-"auto" over that of the fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured
-time of "datasheet" over that of "auto" where the two plans differ.
+error: |predicted / measured - 1| over all rows. kendall_tau: per model and number of ranks, over pairs of plans of which one was the faster
+in every round, and by more than `LEAST_NOISE`; its mean and least value. picked_vs_best: measured time of "auto" over that of the
+fastest plan (equal plans counting with their mean), worst and median over models. calibration_gain: measured time of "datasheet" over
+that of "auto" where the two plans differ.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ LEAST_NOISE = 0.02
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One plan of one model. planned_s: what the plan says. rounds_s: the median step of each round, in which the plans took turns.
-    same_as: a plan with the same decisions. drift: see `speed`."""
+    same_as: a plan with the same decisions."""
 
     model: str
     plan: str
@@ -34,16 +33,11 @@ class Row:
     noise: float
     mesh: str
     same_as: str | None = None
-    drift: float = 1.0
     rounds_s: Sequence[float] = ()
 
     @property
     def error(self) -> float:
         return self.predicted_s / self.measured_s - 1
-
-    @property
-    def error_less_drift(self) -> float:
-        return self.predicted_s * self.drift / self.measured_s - 1
 
 
 def kendall_tau(rows: Iterable[Row]) -> float | None:
@@ -71,8 +65,6 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "num_rows": len(rows),
         **_errors([row.error for row in rows]),
-        "less_drift": _errors([row.error_less_drift for row in rows]),
-        "largest_drift": max((row.drift for row in rows), key=lambda drift: abs(drift - 1)),
         "kendall_tau": statistics.fmean(taus) if taus else None,
         "kendall_tau_least": min(taus, default=None),
         "picked_vs_best": max(picked, default=None),
@@ -140,9 +132,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise  drift"]
+    lines = [f"{'model':12} {'plan':10} ranks  predicted   measured   error  noise"]
     for r in rows:
-        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%} {r.drift - 1:+6.1%}"
+        times = f"{1e3 * r.predicted_s:8.1f}ms {1e3 * r.measured_s:8.1f}ms {r.error:+7.1%} {r.noise:6.1%}"
         lines.append(f"{r.model:12} {r.plan:10} {r.ranks:5} {times}")
     return "\n".join(lines)
 
@@ -150,17 +142,15 @@ def table(rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """The summary by number of ranks, as `docs/cost-model.md` has it."""
     lines = [
-        "| ranks | rows | median error | 90th percentile | both less drift | order of plans (tau, mean) | picked / fastest, median |",
-        "|---|---|---|---|---|---|---|",
+        "| ranks | rows | median error | 90th percentile | order of plans (tau, mean) | picked / fastest, median |",
+        "|---|---|---|---|---|---|",
     ]
     counts = sorted({row.ranks for row in rows})
     for name, chosen in [*((str(n), [row for row in rows if row.ranks == n]) for n in counts), ("all", list(rows))]:
         found = summary(chosen)
-        less = found["less_drift"]
         lines.append(
             f"| {name} | {found['num_rows']} | {found['median_error']:.1%} | {found['p90_error']:.1%} | "
-            f"{less['median_error']:.1%}, {less['p90_error']:.1%} | {_number(found['kendall_tau'], 2)} | "
-            f"{_number(found['picked_vs_best_median'], 3)} |"
+            f"{_number(found['kendall_tau'], 2)} | {_number(found['picked_vs_best_median'], 3)} |"
         )
     return "\n".join(lines)
 

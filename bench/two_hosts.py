@@ -170,7 +170,7 @@ def work(folder: Path, model: str, small: bool) -> None:
         made, batch = model_and_batch(model, small)
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
         steps[name] = (ow.compile(made, where, optimizer=optimizer).prepare(batch), batch)
-    times = prediction.take_turns(list(steps.values()), rounds=3 if small else 6, steps_per_round=1)
+    [times] = prediction.take_turns([list(steps.values())], rounds=3 if small else 6, steps_per_round=1)
     if leads:
         (folder / "report.json").write_text(json.dumps(report(cluster, {n: s for n, (s, _) in steps.items()}, times)))
     dist.destroy_process_group()

@@ -344,15 +344,15 @@ class _Writer:
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
         grown = n if kind in ("all_gather", "all_to_all") else 1
-        messages = [grown * num_bytes for num_bytes in self._messages(node)]
+        messages = [grown * num_bytes for num_bytes in self._messages(node, self._transport.solo_bytes(kind, n))]
         seconds = bucket_seconds(kind, messages, n, self.links[axes]) + spaced_seconds(self.computed_s, n, self.links[axes])
         self.computed_s = 0.0
         return max(0.0, seconds) + self._copy_seconds(self._rearranged(node)[0])
 
-    def _messages(self, node: fx.Node) -> list[int]:
+    def _messages(self, node: fx.Node, alone_from: float) -> list[int]:
         """Bytes of each message of a collective: the small tensors of a bucket go in one."""
         sizes = [_num_bytes([x]) for x in _tensors(self._arguments(node)[0])]
-        solo = [size for size in sizes if size >= self._transport.SOLO_BYTES]
+        solo = [size for size in sizes if size >= alone_from]
         packed = sum(sizes) - sum(solo)
         return [*solo, packed] if packed or not solo else solo
 
@@ -379,12 +379,14 @@ class _Writer:
         tensors = _tensors(fx.map_arg(node.args[0], lambda n: self.values[n]))
         num_devices = math.prod(self.program.mesh[axis] for axis in node.args[1])
         grown = num_devices if kind == "all_gather" else 1
+        packs = bucket and not self._transport.copies_anyway(kind, num_devices)
+        packed_below = self._transport.solo_bytes(kind, num_devices) if packs else 0
         before = after = 0.0
         for i, x in enumerate(tensors):
             num_bytes = _num_bytes([x])
             cuts = [(d[i], o[i]) if bucket else (d, o) for d, o in zip(node.args[2:-1:2], node.args[3::2], strict=False)]
             apart = [math.prod(x.shape[:dim]) * outer > 1 for dim, outer in cuts] if kind != "all_reduce" else [False]
-            if bucket and num_bytes < self._transport.SOLO_BYTES:
+            if num_bytes < packed_below:
                 before += num_bytes
                 after += num_bytes * grown if kind == "all_gather" else 0
             before += num_bytes if kind in ("reduce_scatter", "all_to_all") and apart[0] else 0

@@ -24,8 +24,8 @@ import torch
 
 from . import detect, measure
 from .cluster import Cluster, ClusterError
-from .collectives import BUCKET_KINDS, many
-from .fit_cluster import fitted
+from .collectives import AT_ONCE, BUCKET_KINDS, many
+from .fit_cluster import OP_PASSES, fitted
 from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest, versions, world
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -114,7 +114,8 @@ def _steps(
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
     steps: list[Step] = [("turns", partial(_turns_sample, device))]
-    steps += [(f"op {row.name}", partial(op_sample, row, device, options.budget_s, functions)) for row in rows]
+    for turn in OP_PASSES:
+        steps += [(f"{turn} {row.name}", partial(op_sample, row, device, options.budget_s / 2, functions)) for row in rows]
     steps.append(("views", partial(_view_sample, options.budget_s)))
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
@@ -180,17 +181,17 @@ def _collective_steps(start: Cluster, device: torch.device, options: Options, co
         steps.append((f"overlap {size} {per_node}", partial(_overlap, wires, device)))
         if device.type == "cpu":
             for kind in BUCKET_KINDS:
-                steps.append((f"collective {many(kind)} {size} {per_node}", partial(_many_points, wires, kind, large, size, device)))
+                for n in AT_ONCE:
+                    name = f"collective {many(kind, n)} {size} {per_node}"
+                    steps.append((name, partial(_collective_points, wires, kind, large, size, device, at_once=n)))
             steps.append((f"spacing {size} {per_node}", partial(_spacing, wires, size, device)))
     return steps
 
 
-def _collective_points(wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device) -> list[list[float]]:
-    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device))
-
-
-def _many_points(wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device) -> list[list[float]]:
-    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device, at_once=4) / 4)
+def _collective_points(
+    wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device, at_once: int = 1
+) -> list[list[float]]:
+    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device, at_once) / at_once)
 
 
 def _passes(sizes: Sequence[int], sample: Callable[[int], float]) -> list[list[float]]:
@@ -217,7 +218,7 @@ def collective_sample(wires: Communication, kind: str, num_bytes: int, group: in
     and what follows a wait runs with cold caches. So what is timed is a series of both, from barrier to barrier, less a series of the
     computation alone. What is sent was made a while ago: tensors take turns.
     """
-    copies = max(1, min(16, measure.ROTATE_BYTES // num_bytes))
+    copies = max(at_once, min(16, measure.ROTATE_BYTES // num_bytes))
     tensors = itertools.cycle([_tensor(kind, num_bytes, group, device) for _ in range(copies)])
 
     def communicate() -> None:

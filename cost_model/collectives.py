@@ -16,6 +16,7 @@ measured range, continued along the last segment above it. One device needs no c
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -29,11 +30,12 @@ SPACING = "spacing"
 """A link's table beside those of the kinds: [seconds that ranks compute between two collectives, seconds on top of the price]."""
 
 BUCKET_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+AT_ONCE = (4, 16)
 
 
-def many(kind: str) -> str:
-    """The name of a link's table for one of several messages of a kind that are under way at once, as those of a bucket."""
-    return f"{kind}_of_many"
+def many(kind: str, at_once: int) -> str:
+    """The name of a link's table for one of so many messages of a kind that are under way at once, as those of a bucket."""
+    return f"{kind}_of_{at_once}"
 
 
 # kind -> n -> (hops, share of B that passes one device's link)
@@ -78,11 +80,17 @@ def collective_seconds(kind: str, num_bytes: float, num_devices: int, link: Link
 
 def bucket_seconds(kind: str, messages: Sequence[float], num_devices: int, link: Link) -> float:
     """Seconds for several messages that are started at once, each of so many bytes. They share their waits, but large ones also get in
-    each other's way: both are in what was measured with four at once. Where that was not, they count as one message."""
-    points = _measured(many(kind), num_devices, link)
-    if points and len(messages) > 1:
-        return sum(interpolate(points, num_bytes) for num_bytes in messages)
-    return collective_seconds(kind, sum(messages), num_devices, link)
+    each other's way: both are in what was measured with `AT_ONCE`, and in between goes by the logarithm of their number. Where that was
+    not measured, they count as one message."""
+    tables: list[tuple[float, list[list[float]]]] = []
+    for at_once in (1, *AT_ONCE):
+        points = _measured(many(kind, at_once) if at_once > 1 else kind, num_devices, link)
+        if points:
+            tables.append((math.log(at_once), points))
+    if len(tables) < 2 or len(messages) < 2:
+        return collective_seconds(kind, sum(messages), num_devices, link)
+    number = min(math.log(len(messages)), tables[-1][0])
+    return sum(interpolate([[n, interpolate(points, num_bytes)] for n, points in tables], number) for num_bytes in messages)
 
 
 def spaced_seconds(compute_s: float, num_devices: int, link: Link) -> float:

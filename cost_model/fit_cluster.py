@@ -15,6 +15,7 @@ from .measure import Timing
 from .work import Work, class_of
 
 MEASURED = "measured: opweave calibrate"
+OP_PASSES = ("op", "again")  # how the samples of an op are named
 
 
 def corrected(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
@@ -33,12 +34,15 @@ def corrected(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
 
 
 def _timings(samples: Mapping[str, Any]) -> dict[tuple[str, str], list[Timing]]:
-    """Op samples by (class with the op's name, dtype)."""
+    """Op samples by (class with the op's name, dtype): of two passes over all ops the faster, since what else a machine does only adds."""
     found: dict[tuple[str, str], list[Timing]] = {}
     turns = samples.get("turns", 1.0)
+    first, again = OP_PASSES
     for name, sample in samples.items():
-        if name.startswith("op ") and sample is not None:
-            timing = Timing(work=Work(*sample["work"]), dtype=sample["dtype"], seconds=sample["seconds"] * turns)
+        if name.startswith(f"{first} ") and sample is not None:
+            other = samples.get(name.replace(first, again, 1)) or sample
+            seconds = turns * min(sample["seconds"], other["seconds"])
+            timing = Timing(work=Work(*sample["work"]), dtype=sample["dtype"], seconds=seconds)
             found.setdefault((timing.work.op_class, timing.dtype), []).append(timing)
     return found
 

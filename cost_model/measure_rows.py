@@ -267,7 +267,12 @@ class Update:
 
 
 def rows(dtypes: Iterable[torch.dtype], *, scale: int = 1, quick: bool = False) -> list[Row]:
-    """All measurements. scale: multiplies the sizes (GPUs need larger ones). quick: every third one."""
+    """All measurements. scale: multiplies the sizes (GPUs need larger ones). quick: every third one of each op."""
     makers = (_matmul_rows, _attention_rows, _conv_rows, _grid_rows, _image_rows, _table_rows, _update_rows)
     found = [row for dtype in dtypes for maker in makers for row in maker(dtype, scale)]
-    return found[::3] if quick else found
+    if not quick:
+        return found
+    by_op: dict[str, list[Row]] = {}
+    for row in found:
+        by_op.setdefault(row.op, []).append(row)
+    return [row for same in by_op.values() for row in same[::3]]

@@ -18,6 +18,7 @@ from opweave.compiler.timeline import _fake_values, _tensors, _Writer, timeline,
 from opweave.compiler.training_step import step_inputs
 from opweave.cost_model.collectives import KINDS, SPACING
 from opweave.runtime import collectives
+from opweave.runtime.communicator import DirectTransport
 from opweave.runtime.execute import Executor
 from opweave.runtime.groups import PaperGroups
 from opweave.runtime.program import shard_inputs
@@ -117,12 +118,15 @@ def test_large_tensors_of_a_bucket_are_messages_of_their_own():
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     batch = (torch.randn(8, 512),)
     made = {"loss_fn": lambda m, b: m(*b).pow(2).mean(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    analysis, cluster = analyse(capture(model, batch, **made)), ow.Cluster.preset("cpu", devices=2)
-    plan = api.plan(model, cluster, batch, mesh=(2,), force="ddp", **made)
-    program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer="SGD")
-    writer = _Writer(program, cluster, _fake_values(program, cluster, "cpu"))
-    bucket = next(n for n in program.graph.nodes if n.target is collectives.all_reduce_bucket)
-    assert writer._messages(bucket) == [512 * 512 * 4] * 2 + [2 * 512 * 4]
+    analysis, large, small = analyse(capture(model, batch, **made)), 512 * 512 * 4, 512 * 4
+    for devices, messages, copied in ((2, [large, large, 2 * small], 2 * small), (4, [2 * large + 2 * small], 0)):
+        cluster = ow.Cluster.preset("cpu", devices=devices)
+        plan = api.plan(model, cluster, batch, mesh=(devices,), force="ddp", **made)
+        program = lower(analysis.step, analysis.factors, plan.assignment(analysis.step, analysis.factors), optimizer="SGD")
+        writer = _Writer(program, cluster, _fake_values(program, cluster, "cpu"))
+        bucket = next(n for n in program.graph.nodes if n.target is collectives.all_reduce_bucket)
+        assert writer._messages(bucket, DirectTransport.solo_bytes("all_reduce", devices)) == messages
+        assert writer._rearranged(bucket) == (copied, 0), "with more than two devices packing is the copy that gloo needs anyway"
 
 
 def test_collectives_cost_what_lies_between_them():

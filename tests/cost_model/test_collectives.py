@@ -63,10 +63,14 @@ def test_measured_tables_take_precedence():
 
 
 def test_a_bucket_is_the_sum_of_its_messages_as_measured_side_by_side():
-    table = {"all_reduce": {"2": [[1000, 1e-4], [1e6, 1e-3]]}, many("all_reduce"): {"2": [[1e5, 1e-4], [1e6, 2e-3]]}}
-    link = dataclasses.replace(LINK, tables=table)
-    assert bucket_seconds("all_reduce", [1e6, 1e6, 10], 2, link) == pytest.approx(2e-3 + 2e-3 + 1e-4)
+    one, four, sixteen = [[1000, 1e-4], [1e6, 1e-3]], [[1e5, 1e-4], [1e6, 2e-3]], [[1e6, 3e-3]]
+    tables = {"all_reduce": {"2": one}, many("all_reduce", 4): {"2": four}, many("all_reduce", 16): {"2": sixteen}}
+    link = dataclasses.replace(LINK, tables=tables)
+    assert bucket_seconds("all_reduce", [1e6, 1e6, 1e6, 10], 2, link) == pytest.approx(3 * 2e-3 + 1e-4)
     assert bucket_seconds("all_reduce", [1e6], 2, link) == pytest.approx(1e-3), "one message is no bucket"
+    assert bucket_seconds("all_reduce", [1e6] * 2, 2, link) == pytest.approx(2 * 1.5e-3), "half way from one to four"
+    assert bucket_seconds("all_reduce", [1e6] * 8, 2, link) == pytest.approx(8 * 2.5e-3), "half way from four to sixteen"
+    assert bucket_seconds("all_reduce", [1e6] * 99, 2, link) == pytest.approx(99 * 3e-3), "no further than was measured"
     assert bucket_seconds("all_gather", [1e6, 2e6], 2, link) == collective_seconds("all_gather", 3e6, 2, link), "one message, not measured"
 
 

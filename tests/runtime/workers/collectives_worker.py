@@ -31,7 +31,8 @@ def compare(communicator: Communicator, groups: AxisGroups, axes, function, make
     mine = expected[ranks.index(groups.rank)]
     for one, other in zip(*((v if isinstance(v, list) else [v]) for v in (got, mine)), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, f"{function.__name__}: {one.shape} {other.shape}"
-        direct = communicator.transport(axes).__class__ is DirectTransport and one.numel() * one.element_size() < 2**16
+        sent = sum(v.numel() * v.element_size() for v in got) if isinstance(got, list) else one.numel() * one.element_size()
+        direct = communicator.transport(axes).__class__ is DirectTransport and sent < 2**16
         assert same(one, other, exact=direct or len(ranks) == 2), f"{function.__name__} {axes} {options}"
 
 
