@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass, replace
 
 from ..cost_model.cluster import Cluster
-from ..cost_model.simulate import COMPUTE
+from ..cost_model.simulate import COMPUTE, Simulation
 from ..cost_model.transfers import cpu_update_seconds
 from ..runtime import tiers
 from ..runtime.program import LocalProgram
 from .timeline import Timeline
+from .timeline_tiers import WAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,19 @@ def deferrable(program: LocalProgram, line: Timeline, cluster: Cluster, step_s: 
         before = sum(update.seconds for update in updates if update.name in deferred)
         deferred = _left(updates, before, step_s)
     return deferred
+
+
+def waited_for(program: LocalProgram, line: Timeline, simulation: Simulation) -> list[frozenset[str]]:
+    """Placeholders of the parameters whose update the CPU ends behind the last computation, and that can be deferred: those of one call
+    together, the longest first."""
+    items = {item.name: (item.seconds, float(end)) for item, end in zip(line.instructions, simulation.end_s, strict=True)}
+    last_s = max((items[item.name][1] for item in line.instructions if item.stream == COMPUTE and item.op_class != WAIT), default=math.inf)
+    late = [node for node in program.graph.nodes if node.target is tiers.host_update and items[node.name][1] > last_s]
+    late.sort(key=lambda node: -items[node.name][0])
+    found = [
+        frozenset(p.name for p, grad in zip(node.args[0], node.args[1], strict=True) if grad.target is tiers.send_gradient) for node in late
+    ]
+    return [names for names in found if names]
 
 
 def _updates(program: LocalProgram, line: Timeline, cluster: Cluster) -> tuple[list[_Update], float]:

@@ -47,6 +47,7 @@ COLLECTIVES = "collectives"
 POOL = "device"
 # A function of the runtime that makes views (take_shard) takes as long as so many views: 16 us where one takes 4.
 _VIEWS_IN_A_FUNCTION = 4
+_VIEWS_OF_A_PACKED_TENSOR = 4  # what the host dispatches to put it into a bucket and to take it out again
 
 
 def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
@@ -328,9 +329,9 @@ class _Writer:
         if target in timeline_tiers.STARTS or target in timeline_tiers.DEFERRED or target is tiers.add_up:
             return timeline_tiers.price(target, self._arguments(node), self.cluster)
         if target in timeline_tiers.WAITS:
-            return COMPUTE, 0.0, "wait"
+            return COMPUTE, 0.0, timeline_tiers.WAIT
         if target is collectives.wait:
-            return COMPUTE, self._copy_seconds(self._rearranged(node.args[0])[1]), "wait"
+            return COMPUTE, self._copy_seconds(self._rearranged(node.args[0])[1]), timeline_tiers.WAIT
         works, dtype = self._works(node)
         return COMPUTE, sum(work_seconds(work, self.cluster.device, dtype) for work in works), class_of(works[0].op_class)
 
@@ -344,17 +345,17 @@ class _Writer:
         if axes not in self.links:
             self.links[axes] = self.cluster.group_link(self.program.mesh, axes)
         grown = n if kind in ("all_gather", "all_to_all") else 1
-        messages = [grown * num_bytes for num_bytes in self._messages(node, self._transport.solo_bytes(kind, n))]
+        solo, packed = self._messages(node, self._transport.solo_bytes(kind, n))
+        messages = [grown * num_bytes for num_bytes in ([*solo, sum(packed)] if packed else solo)]
         seconds = bucket_seconds(kind, messages, n, self.links[axes]) + spaced_seconds(self.computed_s, n, self.links[axes])
         self.computed_s = 0.0
-        return max(0.0, seconds) + self._copy_seconds(self._rearranged(node)[0])
+        dispatching = _VIEWS_OF_A_PACKED_TENSOR * len(packed) * self.cluster.device.view_s if len(packed) > 1 else 0.0
+        return max(0.0, seconds) + dispatching + self._copy_seconds(self._rearranged(node)[0])
 
-    def _messages(self, node: fx.Node, alone_from: float) -> list[int]:
-        """Bytes of each message of a collective: the small tensors of a bucket go in one."""
+    def _messages(self, node: fx.Node, alone_from: float) -> tuple[list[int], list[int]]:
+        """Bytes of the tensors of a collective that are a message each, and of those that go in one: the small ones of a bucket."""
         sizes = [_num_bytes([x]) for x in _tensors(self._arguments(node)[0])]
-        solo = [size for size in sizes if size >= alone_from]
-        packed = sum(sizes) - sum(solo)
-        return [*solo, packed] if packed or not solo else solo
+        return [size for size in sizes if size >= alone_from], [size for size in sizes if size < alone_from]
 
     @property
     def _transport(self) -> type[DirectTransport | NativeTransport]:

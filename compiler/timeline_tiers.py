@@ -57,6 +57,7 @@ STARTS: dict[Any, Callable[..., tuple[Any, list[torch.Tensor]]]] = {
     tiers.fetch_cast: lambda parked: (torch.empty(parked.shape, dtype=parked.cast, device=parked.device), []),
     tiers.host_update: lambda params, grads, states, *_: ([*params, *(s for slots in states for s in slots)], []),
 }
+WAIT = "wait"  # the class of what waits
 WAITS = (tiers.settle, tiers.arrive, tiers.updated)
 # What is there at once: stored tensors, and who reads them waits for what is at work on them.
 DEFERRED: dict[Any, Callable[..., Any]] = {
@@ -74,7 +75,7 @@ def copied_bytes(target: Any, args: tuple[Any, ...]) -> int:
 def price(target: Any, args: tuple[Any, ...], cluster: Cluster) -> tuple[str, float, str]:
     """(stream, seconds, class) of a start, or of what the CPU adds up; args: the values it is called with."""
     if target is tiers.defer_update:
-        return COMPUTE, 0.0, "wait"
+        return COMPUTE, 0.0, WAIT
     if target is tiers.add_up:
         return CPU, cpu_add_seconds(args[0].shape_numel * args[1].itemsize, cluster), "host_update"
     if target in (tiers.host_update, tiers.start_deferred):

@@ -254,15 +254,18 @@ def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: t
 
 
 def _spacing(wires: Communication, group: int, device: torch.device) -> list[list[float]]:
-    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to some ms. The third point is
-    what `collective_sample` has between its own."""
+    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to 17 ms of a core: the longer
+    they compute the more of them are late. The third point is what `collective_sample` has between its own."""
     layers, small = measure.Layers(), _tensor("all_gather", 1 << 10, group, device)
 
-    def long() -> None:
-        for _ in range(4):
-            layers.run()
+    def several(times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                layers.run()
 
-    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, long]
+        return run
+
+    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, several(4), several(10), several(24)]
     passes = [[_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5) for piece in pieces] for _ in range(PASSES)]
     return [[statistics.median(values) for values in zip(*points, strict=True)] for points in zip(*passes, strict=True)]
 
