@@ -86,11 +86,11 @@ class _Shape(NamedTuple):
 
 
 def _shapes(op_class: str) -> list[_Shape]:
-    matrix = class_of(op_class) in MATRIX_CLASSES
+    matrix, scatter = class_of(op_class) in MATRIX_CLASSES, class_of(op_class) == "scatter"
     return [
         _Shape(half_dim, weight, knots)
         for half_dim in (HALF_DIMS if matrix else (0,))
-        for weight in (BYTE_WEIGHTS if matrix else (0.0,))
+        for weight in (BYTE_WEIGHTS if matrix or scatter else (0.0,))
         for knots in KNOTS
     ]
 

@@ -108,8 +108,8 @@ def _moved(shapes: Shapes, itemsize: int | Sequence[int]) -> float:
 
 def _bytes(op: _Op, ins: Shapes, outs: Shapes, in_size: int | Sequence[int], out_size: int | Sequence[int]) -> float:
     written = _moved(outs, out_size)
-    if op.op_class == "embedding":  # only the rows that are looked up
-        return 2 * written
+    if op.op_class == "embedding":  # only the rows that are looked up, and each once
+        return written + min(written, _moved(ins[:1], in_size if isinstance(in_size, int) else in_size[:1]))
     if op is _FILL:
         return written
     if op is _ACCUMULATE:  # the sum is read, too
@@ -158,6 +158,20 @@ def _attention(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, i
     assert q is not None and k is not None and v is not None
     kept = 0.5 + 0.5 * min(1.0, _CAUSAL_BLOCK / k[-2]) if any(arg is True for arg in args) else 1.0
     return kept * prod(q[:-1]) * k[-2] * (2.0 * (q[-1] + v[-1]) + _SOFTMAX_FLOPS), min(q[-2], k[-2], q[-1])
+
+
+# What it takes to add an element where its index says, in flops (measured on a CPU with AVX-512: 0.36 ns at 98 GFLOP/s).
+_SCATTER_FLOPS = 36.0
+
+
+def _scatter(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """scatter(x, index, values): as many as there are values, or indices. That the rest of x is copied counts as bytes."""
+    return _SCATTER_FLOPS * _elements(ins[1:]), _WHOLE
+
+
+def _scatter_rows(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
+    """embedding_dense_backward(rows, index)."""
+    return _SCATTER_FLOPS * _elements(ins[:1]), _WHOLE
 
 
 def _attention_backward(ins: Shapes, outs: Shapes, args: Sequence[Any]) -> tuple[float, int]:
@@ -256,7 +270,8 @@ OPS: dict[str, _Op] = {
         topk sort""",
     ),
     **_rows(_Op("embedding"), "embedding gather index index_select take"),
-    **_rows(_Op("scatter", None, 2.0), "embedding_dense_backward scatter scatter_add index_put index_add scatter_reduce index_copy"),
+    **_rows(_Op("scatter", _scatter), "scatter scatter_add index_put index_add scatter_reduce index_copy"),
+    "embedding_dense_backward": _Op("scatter", _scatter_rows),
     "opweave::channel_moments": _Op("norm", None, 6.0),
     "opweave::update": _Op("update", None, 12.0),
     "opweave::accumulate": _ACCUMULATE,

@@ -14,6 +14,7 @@ from opweave.compiler.analyse import analyse
 from opweave.compiler.capture import capture
 from opweave.compiler.lower import lower
 from opweave.compiler.plan import PlanError
+from opweave.compiler.planner import plan_step
 from opweave.compiler.timeline import _fake_values, _tensors, _Writer, timeline, timeline_of_plan
 from opweave.compiler.training_step import step_inputs
 from opweave.cost_model.collectives import KINDS, SPACING
@@ -128,6 +129,17 @@ def test_large_tensors_of_a_bucket_are_messages_of_their_own():
         solo, packed = writer._messages(bucket, DirectTransport.solo_bytes("all_reduce", devices))
         assert solo == alone and sum(solo) + sum(packed) == 2 * (large + small)
         assert writer._rearranged(bucket) == (copied, 0), "with more than two devices packing is the copy that gloo needs anyway"
+
+
+def test_experts_are_simulated_where_collectives_cost_what_lies_between_them():
+    """The sum of costs sees cheap messages; every one between two computations takes a tenth of a second on top."""
+    model, batch = zoo.load("opt-tiny")
+    analysis = analyse(capture(model, batch, optimizer=torch.optim.AdamW(model.parameters())))
+    plain = ow.Cluster.preset("cpu", devices=2)
+    tables = {kind: {"2": [[1.0, 1e-9], [1e9, 1e-6]]} for kind in KINDS} | {SPACING: {"2": [[0.0, 0.0], [1e-7, 0.1]]}}
+    cluster = dataclasses.replace(plain, intra_node=dataclasses.replace(plain.intra_node, tables=tables))
+    times = {force: plan_step(analysis, cluster, mesh=(2,), force=force).predicted["step_time_s"] for force in (None, "ddp", "megatron")}
+    assert times[None] <= min(times["ddp"], times["megatron"]) < max(times.values())
 
 
 def test_collectives_cost_what_lies_between_them():
