@@ -31,6 +31,7 @@ from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SLOW_S = 0.25  # what disturbs a collective that takes longer is small beside it, so a few runs will do
 PASSES = 3
+SPACING_PASSES = 6
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -254,20 +255,22 @@ def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: t
 
 
 def _spacing(wires: Communication, group: int, device: torch.device) -> list[list[float]]:
-    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to 17 ms of a core: the longer
-    they compute the more of them are late. The third point is what `collective_sample` has between its own."""
+    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to 3 ms of a core. The third
+    point is what `collective_sample` has between its own; the others are compared to it pass by pass, since what a collective takes may
+    double within a minute on a machine that is shared."""
     layers, small = measure.Layers(), _tensor("all_gather", 1 << 10, group, device)
 
-    def several(times: int) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(times):
-                layers.run()
+    def long() -> None:
+        for _ in range(4):
+            layers.run()
 
-        return run
-
-    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, several(4), several(10), several(24)]
-    passes = [[_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5) for piece in pieces] for _ in range(PASSES)]
-    return [[statistics.median(values) for values in zip(*points, strict=True)] for points in zip(*passes, strict=True)]
+    pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, long]
+    passes = [
+        [_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5) for piece in pieces] for _ in range(SPACING_PASSES)
+    ]
+    usual = statistics.median(points[2][1] for points in passes)
+    spaced = zip(*([(computed, added - points[2][1]) for computed, added in points] for points in passes), strict=True)
+    return [[statistics.median(c for c, _ in points), usual + statistics.median(more for _, more in points)] for points in spaced]
 
 
 def _computation(device: torch.device) -> Callable[[], Any]:

@@ -4,11 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
+from torch import fx
 
-from opweave.compiler.defer import _left, _Update
+from opweave.compiler.defer import _left, _Update, waited_for
 from opweave.compiler.overlap import BWD, CPU, FWD, Overlap
 from opweave.compiler.problem import ProblemBuilder
 from opweave.compiler.residency import DISK, HOST, StatePlace
+from opweave.compiler.timeline import Timeline
+from opweave.compiler.timeline_tiers import WAIT
+from opweave.cost_model.simulate import COMPUTE, Instruction
+from opweave.runtime import tiers
+from opweave.runtime.program import LocalProgram
 
 
 @pytest.mark.parametrize("tiers", [(HOST,), (DISK,), (HOST, DISK)])
@@ -44,6 +50,25 @@ def test_the_cpu_takes_the_newest_gradient_and_leaves_the_oldest():
 def test_updates_that_cannot_wait_come_first():
     updates = [_Update("a", 0.0, 4.0), _Update("", 1.0, 4.0), _Update("b", 1.0, 4.0)]
     assert _left(updates, 0.0, 8.0) == {"b"}
+
+
+def test_updates_that_the_step_waits_for_at_its_end():
+    """The CPU has three updates and one that cannot wait; two end behind the computation, which waits for nothing else then."""
+    graph = fx.Graph()
+    params = [graph.placeholder(name) for name in "abcd"]
+    sent = [graph.call_function(tiers.send_gradient, (p, p)) for p in params[:3]] + [graph.call_function(tiers.offload, (params[3], HOST))]
+    calls = [graph.call_function(tiers.host_update, ([p], [grad], [[]], "AdamW", 0, [""])) for p, grad in zip(params, sent, strict=True)]
+    program = LocalProgram(mesh=(1,), graph=graph, inputs=(), outputs=())
+
+    def late(*seconds):
+        cpu = [Instruction(call.name, CPU, s, (0,)) for call, s in zip(calls, seconds, strict=True)]
+        waits = [Instruction("updated", COMPUTE, 0.0, (4,), op_class=WAIT)]
+        line = Timeline([Instruction("mm", COMPUTE, 1.0), *cpu, Instruction("mm_1", COMPUTE, 5.0), *waits], [])
+        return waited_for(program, line, line.simulate())
+
+    assert late(1.0, 1.0, 1.0, 1.0) == []
+    assert late(4.0, 2.0, 3.0, 9.0) == [{"c"}, {"b"}], "the longest first; what cannot wait is not named"
+    assert late(9.0, 2.0, 3.0, 1.0) == [{"a"}, {"c"}, {"b"}]
 
 
 @pytest.mark.parametrize("place", [
