@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -169,6 +169,9 @@ class _Search:
         if best is None:
             raise DoesNotFitError(f"{_head(self.analysis, self.cluster, self.limits)}. {'; '.join(self.refused)}. {_WAYS_OUT}")
         assert best.best is not None and best.outcome is not None, "a mesh was chosen without a plan"
+        if best.is_experts:  # the proof is about all plans of the mesh
+            solution, bound_s = best.best.solution, min(mesh.bound_s for mesh in loose if mesh.mesh == best.mesh)
+            best.best.solution = replace(solution, lower_bound=bound_s, gap=1 - bound_s / solution.objective)
         return best.best, best.outcome
 
     def _recipes(self, meshes: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Restriction | None]]:

@@ -138,8 +138,11 @@ def test_experts_are_simulated_where_collectives_cost_what_lies_between_them():
     plain = ow.Cluster.preset("cpu", devices=2)
     tables = {kind: {"2": [[1.0, 1e-9], [1e9, 1e-6]]} for kind in KINDS} | {SPACING: {"2": [[0.0, 0.0], [1e-7, 0.1]]}}
     cluster = dataclasses.replace(plain, intra_node=dataclasses.replace(plain.intra_node, tables=tables))
-    times = {force: plan_step(analysis, cluster, mesh=(2,), force=force).predicted["step_time_s"] for force in (None, "ddp", "megatron")}
+    plans = {force: plan_step(analysis, cluster, mesh=(2,), force=force) for force in (None, "ddp", "megatron")}
+    times = {force: plan.predicted["step_time_s"] for force, plan in plans.items()}
     assert times[None] <= min(times["ddp"], times["megatron"]) < max(times.values())
+    proof, objectives = plans[None].solver, [c["objective_s"] for c in plans[None].candidates]
+    assert len(objectives) == 3 and proof["lower_bound_s"] <= min(objectives) < proof["objective_s"], "it is about all plans of the mesh"
 
 
 def test_collectives_cost_what_lies_between_them():
