@@ -32,6 +32,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SLOW_S = 0.25  # what disturbs a collective that takes longer is small beside it, so a few runs will do
 PASSES = 3
 SPACING_PASSES = 6
+_BUCKET_BYTES = 1 << 24  # no more than this is under way at once
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -174,7 +175,7 @@ def _groups(start: Cluster) -> dict[tuple[int, int], tuple[tuple[int, ...], tupl
 def _collective_steps(start: Cluster, device: torch.device, options: Options, connect: Connect) -> list[Step]:
     sizes = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
     steps: list[Step] = []
-    large = [b for b in sizes if 1 << 16 <= b <= 1 << 22]
+    many_sizes = {n: [b for b in sizes if 1 << 16 <= b <= _BUCKET_BYTES // n] for n in AT_ONCE}
     for (size, per_node), (mesh, axes) in sorted(_groups(start).items()):
         wires = connect(mesh, axes)  # also where the samples are there already: all ranks make the same groups
         for kind in KINDS:
@@ -184,7 +185,7 @@ def _collective_steps(start: Cluster, device: torch.device, options: Options, co
             for kind in BUCKET_KINDS:
                 for n in AT_ONCE:
                     name = f"collective {many(kind, n)} {size} {per_node}"
-                    steps.append((name, partial(_collective_points, wires, kind, large, size, device, at_once=n)))
+                    steps.append((name, partial(_collective_points, wires, kind, many_sizes[n], size, device, at_once=n)))
             steps.append((f"spacing {size} {per_node}", partial(_spacing, wires, size, device)))
     return steps
 
