@@ -41,11 +41,13 @@ def deferrable(program: LocalProgram, line: Timeline, cluster: Cluster, step_s: 
     return deferred
 
 
-def waited_for(program: LocalProgram, line: Timeline, simulation: Simulation) -> list[frozenset[str]]:
+def waited_for(program: LocalProgram, line: Timeline, simulation: Simulation, least_s: float) -> list[frozenset[str]]:
     """Placeholders of the parameters whose update the CPU ends behind the last computation, and that can be deferred: those of one call
-    together, the longest first."""
+    together, the longest first. None where the step ends no more than least_s behind that."""
     items = {item.name: (item.seconds, float(end)) for item, end in zip(line.instructions, simulation.end_s, strict=True)}
     last_s = max((items[item.name][1] for item in line.instructions if item.stream == COMPUTE and item.op_class != WAIT), default=math.inf)
+    if simulation.step_time_s - last_s <= least_s:
+        return []
     late = [node for node in program.graph.nodes if node.target is tiers.host_update and items[node.name][1] > last_s]
     late.sort(key=lambda node: -items[node.name][0])
     found = [

@@ -304,8 +304,6 @@ class _Search:
         outcome, late = self._arranged(candidate, program, line, expected_s)
         before = candidate.deferred, candidate.moves
         for names in (frozenset[str]().union(*late), *late[:1]) if len(late) > 1 else late:
-            if outcome.simulation.step_time_s <= expected_s * (1 + _NO_BETTER):
-                break
             candidate.deferred, candidate.moves = before[0] | names, []
             other, _ = self._arranged(candidate, *self._lowered(candidate), expected_s)
             if other.simulation.step_time_s < outcome.simulation.step_time_s and not excess(other.memory.pools, self.limits):
@@ -338,7 +336,7 @@ class _Search:
             room -= 1.05 * (scheduled.peak_bytes - self.limits[DEVICE])
             move(program.graph, back)
         simulation = line.simulate()
-        return Outcome(memory, simulation), waited_for(program, line, simulation)
+        return Outcome(memory, simulation), waited_for(program, line, simulation, _NO_BETTER * expected_s)
 
     def _needed(self, program: LocalProgram) -> MemoryReport:
         return dry_run(program, self.ops, backend=backend_of(self.cluster))

@@ -60,14 +60,15 @@ def test_updates_that_the_step_waits_for_at_its_end():
     calls = [graph.call_function(tiers.host_update, ([p], [grad], [[]], "AdamW", 0, [""])) for p, grad in zip(params, sent, strict=True)]
     program = LocalProgram(mesh=(1,), graph=graph, inputs=(), outputs=())
 
-    def late(*seconds):
+    def late(*seconds, least_s=0.0):
         cpu = [Instruction(call.name, CPU, s, (0,)) for call, s in zip(calls, seconds, strict=True)]
         waits = [Instruction("updated", COMPUTE, 0.0, (4,), op_class=WAIT)]
         line = Timeline([Instruction("mm", COMPUTE, 1.0), *cpu, Instruction("mm_1", COMPUTE, 5.0), *waits], [])
-        return waited_for(program, line, line.simulate())
+        return waited_for(program, line, line.simulate(), least_s)
 
     assert late(1.0, 1.0, 1.0, 1.0) == []
     assert late(4.0, 2.0, 3.0, 9.0) == [{"c"}, {"b"}], "the longest first; what cannot wait is not named"
+    assert late(4.0, 2.0, 3.0, 9.0, least_s=13.0) == [], "not worth another schedule"
     assert late(9.0, 2.0, 3.0, 1.0) == [{"a"}, {"c"}, {"b"}]
 
 
