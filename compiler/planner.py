@@ -79,7 +79,16 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 # With 0.03, 0.12, 0.18 of the memory free opt-30b in batches of 8 on one A100 takes 9.01, 8.60, 8.26 s simulated (objective 8.07, 8.11,
 # 8.13 s), opt-66b in batches of 8 on eight of 80 GB 2.70, 2.94 s and more (2.59, 2.82, at least 3.04 s).
 _ROOMY = ((0.98, 0.12), (0.98, 0.03), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
-_FORMS = {AUTO: (_LOOSE, *(_Form(True, *form) for form in _ROOMY), _FULL, _LEAN), NO_PLACES: (_LOOSE,)}
+# Where a plan without limits needs at most so many times the device's memory, the one with little room comes first.
+_NEARLY_RESIDENT = 3.0
+
+
+def _forms(roomy: tuple[tuple[float, float], ...]) -> tuple[_Form, ...]:
+    return (_LOOSE, *(_Form(True, *form) for form in roomy), _FULL, _LEAN)
+
+
+_FORMS = {AUTO: _forms(_ROOMY), NO_PLACES: (_LOOSE,)}
+_FORMS_NEARLY_RESIDENT = _forms((_ROOMY[1], _ROOMY[0], *_ROOMY[2:]))
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 36.0
@@ -219,6 +228,8 @@ class _Search:
         if mesh.is_experts:
             return
         forms = _FORMS.get(self.places, _FORMS[AUTO][2:])  # recipes leave little to choose
+        if self.places == AUTO and found and mesh.loose.expected_peaks()[DEVICE] <= _NEARLY_RESIDENT * self.limits[DEVICE]:
+            forms = _FORMS_NEARLY_RESIDENT
         for form in forms:
             if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])

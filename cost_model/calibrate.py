@@ -116,8 +116,10 @@ def _steps(
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
     steps: list[Step] = [("turns", partial(_turns_sample, device))]
-    for turn in OP_PASSES:
-        steps += [(f"{turn} {row.name}", partial(op_sample, row, device, options.budget_s / 2, functions)) for row in rows]
+    first, again = OP_PASSES
+    twice = [row for row in rows if row.dtype == torch.float32]  # most of what a step takes has the curves of float32
+    for turn, chosen in ((first, rows), (again, twice)):
+        steps += [(f"{turn} {row.name}", partial(op_sample, row, device, options.budget_s / 2, functions)) for row in chosen]
     steps.append(("views", partial(_view_sample, options.budget_s)))
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
