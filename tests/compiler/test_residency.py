@@ -188,8 +188,8 @@ def test_without_a_disk_there_is_only_making_again():
 
 
 def test_cheap_results_are_made_again_first():
-    """gelu's result costs next to nothing, the product's in front of it is what it is made from."""
-    plan = planned(ACTIVATIONS, machine(SLOW), 0.85)
+    """gelu's result costs less than half of the product's in front of it, which it is made from."""
+    plan = planned(ACTIVATIONS, machine(SLOW, flops_per_s=3e10), 0.85)
     uses, again = uses_of(ACTIVATIONS), units_with(plan, RECOMPUTE)
     made = [op_name(u).split(".")[0] for u in uses.units if u.name in again and uses.later[u]]
     assert "gelu" in made and "addmm" not in made, "what nobody asks for again is made again for nobody"
