@@ -17,7 +17,6 @@ apart: a guest on a shared host is now and then 10 to 40 % slower for seconds or
 The plans of a model take turns in one process group, so that what else the machine does meets all alike; before its timed steps a plan
 takes one untimed step, which puts its own data into the caches. Several timed steps follow: where ranks share cores the first ones still
 depend on the plan before (with one, plans behind ZeRO-3 were 5 to 15 % slower on 4 ranks of 2 cores, in whichever order they were taken).
-noise: how much the slowest round took over the fastest one.
 `prediction_summary` says what is made of the rows.
 """
 
@@ -79,12 +78,10 @@ def _rows(name: str, steps: Sequence[tuple[str, TrainingStep, Any]], times: Sequ
     for (plan, step, _), found in zip(steps, times, strict=True):
         assert step.program is not None and step.plan is not None
         same = seen.setdefault(plan_text(step.plan), plan) if cluster.num_devices > 1 else plan
-        rounds_s = _of_rounds(found)
         yield Row(
             model=name, plan=plan, ranks=cluster.num_devices, measured_s=_quintile(found),
             predicted_s=timeline(step.program, cluster).simulate().step_time_s, planned_s=step.plan.predicted["step_time_s"],
-            noise=max(rounds_s) / min(rounds_s) - 1, mesh="x".join(map(str, step.plan.mesh)),
-            same_as=None if same == plan else same, rounds_s=rounds_s,
+            mesh="x".join(map(str, step.plan.mesh)), same_as=None if same == plan else same, rounds_s=_of_rounds(found),
         )  # fmt: skip
 
 

@@ -30,7 +30,6 @@ class Row:
     predicted_s: float
     measured_s: float
     planned_s: float
-    noise: float
     mesh: str
     same_as: str | None = None
     rounds_s: Sequence[float] = ()
@@ -38,6 +37,11 @@ class Row:
     @property
     def error(self) -> float:
         return self.predicted_s / self.measured_s - 1
+
+    @property
+    def noise(self) -> float:
+        """How much longer the slowest round took than the fastest."""
+        return max(self.rounds_s) / min(self.rounds_s) - 1 if self.rounds_s else 0.0
 
 
 def kendall_tau(rows: Iterable[Row]) -> float | None:

@@ -5,7 +5,8 @@
 Each mesh is solved in several forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on what
 any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and the
 choice where everything lives (`price_places`), room and seconds left free for copies to queue, as long as another such plan may be faster;
-the same without prefetching, where nothing else fits. Meshes are taken best bound first, so most of them are never solved in full.
+the same without prefetching, where nothing else fits. Meshes are taken best bound first, so most of them are never solved in full. Where
+collectives were measured to cost what lies between them, experts' recipes are candidates beside the whole meshes.
 """
 
 from __future__ import annotations
@@ -165,8 +166,7 @@ class _Search:
     def run(self, meshes: list[tuple[int, ...]]) -> tuple[Candidate, Outcome]:
         """The cheapest candidate whose *program* stays within the limits. Raises DoesNotFitError."""
         experts = self._experts(meshes)
-        recipes = [*((*recipe, False) for recipe in self._recipes(meshes)), *((*recipe, True) for recipe in experts)]
-        loose = sorted(itertools.starmap(self._loose, recipes), key=lambda m: m.bound_s)
+        loose = sorted(itertools.starmap(self._loose, [*self._recipes(meshes), *experts]), key=lambda m: m.bound_s)
         worth = _NO_BETTER_THAN_EXPERTS if experts else _NO_BETTER
         best: _Mesh | None = None
         for mesh in loose:
@@ -208,14 +208,14 @@ class _Search:
                 out.append((mesh, restriction(name, self.analysis.step, self.analysis.factors, mesh)))
         return out
 
-    def _loose(self, mesh: tuple[int, ...], recipe: Restriction | None, is_experts: bool) -> _Mesh:
+    def _loose(self, mesh: tuple[int, ...], recipe: Restriction | None) -> _Mesh:
         """A mesh without limits: its bound. Its program is made only if its turn comes."""
         started = time.perf_counter()
         graph = build_choices(self.analysis.step, self.analysis.factors, mesh, recipe)
         self.times["strategies"] += time.perf_counter() - started
         candidate = self._solve(mesh, graph, _UNLIMITED, _LOOSE)
         self.found.append(candidate)
-        return _Mesh(mesh, graph, candidate, candidate.solution.lower_bound, is_experts)
+        return _Mesh(mesh, graph, candidate, candidate.solution.lower_bound, is_experts=recipe is not None and self.force is None)
 
     def _tighten(self, mesh: _Mesh) -> None:
         """Find the best plan of a mesh that fits: the loose one as it is, or one that was made for the limits."""

@@ -119,7 +119,7 @@ class DirectTransport:
     def solo_bytes(cls, kind: str, num_devices: int) -> float:
         """From how many bytes on a tensor of a bucket goes by itself. Never where gloo reduces it, which begins with a copy anyway and
         is faster with one large message: on 4 ranks of 2 cores 16 of 1 MiB at once take 26 ms, one of 16 MiB 18 ms."""
-        return math.inf if kind == "all_reduce" and num_devices > 2 else cls.SOLO_BYTES
+        return math.inf if cls.copies_anyway(kind, num_devices) else cls.SOLO_BYTES
 
     @classmethod
     def copies_anyway(cls, kind: str, num_devices: int) -> bool:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def row(plan, predicted, measured, *, model="m", ranks=2, rounds=(), same_as=None):
     return Row(
-        model=model, plan=plan, ranks=ranks, predicted_s=predicted, measured_s=measured, planned_s=predicted, noise=0.01, mesh="2",
+        model=model, plan=plan, ranks=ranks, predicted_s=predicted, measured_s=measured, planned_s=predicted, mesh="2",
         same_as=same_as, rounds_s=rounds,
     )  # fmt: skip
 
