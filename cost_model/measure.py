@@ -10,6 +10,7 @@ timed between two events, on a CPU by the clock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import statistics
@@ -30,6 +31,8 @@ from .work import Work, op_work
 __all__ = ["Row", "Timing", "copy_points", "disk_points", "dtype_name", "measure", "rows", "view_seconds"]
 
 ROTATE_BYTES = 32 << 20
+COPIES = 16
+LEAST_RUNS = 5
 PASS_BYTES = 4 << 20
 """What each rank of a node writes between two timed runs, times the ranks: more than a core's own caches hold."""
 Functions = Mapping[str, Callable[..., Any]]  # the runtime's own: "opweave.update" takes an Update, others what their rows say
@@ -108,7 +111,8 @@ def measure(row: Row, device: torch.device, *, budget_s: float, functions: Funct
     except (RuntimeError, NotImplementedError):
         return None
     work = _work(row, args, result)
-    copies = min(16, max(2, ROTATE_BYTES // max(1, row.num_bytes)))
+    runs = max(LEAST_RUNS, round(budget_s / _other_ops().seconds)) if device.type == "cpu" else COPIES  # no more will be timed
+    copies = min(COPIES, 1 + runs, max(2, ROTATE_BYTES // max(1, row.num_bytes)))
     inputs = [args, *(_copied(args) for _ in range(copies - 1))]
     with torch.no_grad():
         seconds = _time(lambda i: function(*inputs[i % copies]), device, budget_s)
@@ -118,15 +122,15 @@ def measure(row: Row, device: torch.device, *, budget_s: float, functions: Funct
 
 
 def _time(run: Callable[[int], Any], device: torch.device, budget_s: float) -> float:
-    """Seconds of one run: `midmean` of runs of about `budget_s` together, at least 5. Of the processor where ranks take turns."""
+    """Seconds of one run: `midmean` of runs of about `budget_s` together, at least `LEAST_RUNS`. Of the processor where ranks take turns."""
     if device.type == "cuda":
         return _time_cuda(run, budget_s)
     run(0)
-    others = _OtherOps()
+    others = _other_ops()
     times: list[float] = []
     clock = time.thread_time if crowded() else time.perf_counter
     deadline = time.perf_counter() + budget_s
-    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < 2000):
+    while len(times) < LEAST_RUNS or (time.perf_counter() < deadline and len(times) < 2000):
         others.run()
         begin = clock()
         run(len(times) + 1)
@@ -152,6 +156,10 @@ class _OtherOps:
         self.memory = torch.zeros(PASS_BYTES // 4 * local_ranks())
         self.x = torch.rand(16, 32)
         self.index = torch.arange(16)
+        self.run()
+        begin = time.perf_counter()
+        self.run()
+        self.seconds = time.perf_counter() - begin
 
     def run(self) -> None:
         self.memory.add_(1.0)
@@ -160,6 +168,12 @@ class _OtherOps:
         x = torch.softmax(torch.bmm(x, x.transpose(1, 2)), -1).reshape(16, 4)
         x = torch.nn.functional.gelu(torch.cat((x, x), 1)).index_select(0, self.index)
         torch.where(x > 0, x, 2 * x).sum(0, keepdim=True).expand(4, 8).clone()
+
+
+@functools.cache
+def _other_ops() -> _OtherOps:
+    """One for all rows: its memory takes longer to come from the system than most rows to be timed."""
+    return _OtherOps()
 
 
 class Layers:
