@@ -4,8 +4,7 @@
                                [--clusters FOLDER]
 
 For each number of ranks the runner starts `torchrun` with gloo and one thread per rank; the job calibrates (unless --clusters has its
-file already), then trains. Where the system allows it (root on Linux) all of it runs under the real-time scheduler, so that other programs
-on the machine take little part. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's
+file already), then trains. With one rank the plans are the model at three batch sizes. With several they are forced ones, the solver's
 with the calibrated prices ("auto"), and the solver's with the datasheet constants of the shipped cluster "cpu" ("datasheet").
 
 FOLDER keeps the cluster files, for planning and for later runs, and the rows of the numbers of ranks that are done until the result is
@@ -185,15 +184,6 @@ def work(models: Sequence[str], cluster_file: Path, rows_file: Path) -> None:
 # -- the runner ---------------------------------------------------------------------------------------------------------------------
 
 
-def real_time() -> bool:
-    """Let this process and those it starts run before all ordinary ones; whether the system allows it."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    except (AttributeError, PermissionError):
-        return False
-    return True
-
-
 def torchrun(ranks: int, *command: str) -> None:
     """Run a module on so many processes, one thread each; what they print goes to stderr. Raises CalledProcessError."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -234,7 +224,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
-        "scheduling": "ordinary" if not hasattr(os, "SCHED_RR") or os.sched_getscheduler(0) != os.SCHED_RR else "real time",
     }
 
 
@@ -262,7 +251,6 @@ def main() -> int:
     if args.work is not None:
         work(models, args.work, args.rows)
         return 0
-    real_time()
     with tempfile.TemporaryDirectory() as folder:
         clusters = args.clusters or Path(folder)
         clusters.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,6 @@ two find each other by torchrun's own rendezvous across the link. The job
 2. plans the model twice, with that file and with one in which the link between the hosts is as fast as the one inside ("uniform");
 3. trains both plans in turns on the same hosts.
 
-All of it runs under the real-time scheduler, as `bench.prediction` does.
-
 It takes root and Linux. Where namespaces are not allowed the script says why and ends with status 77. Nothing is sent outside of the
 namespaces. Exit status 1 where the link was not found, the plans do not differ, or the plan for the real network is not the faster one.
 """
@@ -229,7 +227,6 @@ def main() -> int:
     if shutil.which("tc") is None:
         print("skipped: tc is not installed (package iproute2)", file=sys.stderr)
         return SKIPPED
-    prediction.real_time()
     try:
         found = measure(args.rate, args.model, args.small)
     except UnavailableError as error:

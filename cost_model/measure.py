@@ -122,7 +122,7 @@ def measure(row: Row, device: torch.device, *, budget_s: float, functions: Funct
 
 
 def _time(run: Callable[[int], Any], device: torch.device, budget_s: float) -> float:
-    """Seconds of one run: `midmean` of runs of about `budget_s` together, at least `LEAST_RUNS`. Of the processor where ranks take turns."""
+    """Seconds of one run: `midmean` of runs of about `budget_s` together, at least `LEAST_RUNS`; of the processor where ranks share it."""
     if device.type == "cuda":
         return _time_cuda(run, budget_s)
     run(0)

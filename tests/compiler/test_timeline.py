@@ -131,18 +131,35 @@ def test_large_tensors_of_a_bucket_are_messages_of_their_own():
         assert writer._rearranged(bucket) == (copied, 0), "with more than two devices packing is the copy that gloo needs anyway"
 
 
-def test_experts_are_simulated_where_collectives_cost_what_lies_between_them():
-    """The sum of costs sees cheap messages; every one between two computations takes a tenth of a second on top."""
+def _planned_beside_experts(added):
+    """Plans of one model by recipe, on two devices whose messages are cheap but take `added` on top behind a computation."""
     model, batch = zoo.load("opt-tiny")
     analysis = analyse(capture(model, batch, optimizer=torch.optim.AdamW(model.parameters())))
     plain = ow.Cluster.preset("cpu", devices=2)
-    tables = {kind: {"2": [[1.0, 1e-9], [1e9, 1e-6]]} for kind in KINDS} | {SPACING: {"2": [[0.0, 0.0], [1e-7, 0.1]]}}
+    tables = {kind: {"2": [[1.0, 1e-9], [1e9, 1e-6]]} for kind in KINDS} | {SPACING: {"2": [[0.0, 0.0], [1e-7, added]]}}
     cluster = dataclasses.replace(plain, intra_node=dataclasses.replace(plain.intra_node, tables=tables))
-    plans = {force: plan_step(analysis, cluster, mesh=(2,), force=force) for force in (None, "ddp", "megatron")}
+    return {force: plan_step(analysis, cluster, mesh=(2,), force=force) for force in (None, "ddp", "megatron")}
+
+
+def test_experts_are_simulated_where_collectives_cost_what_lies_between_them():
+    """The sum of costs sees cheap messages; every one between two computations takes a tenth of a second on top."""
+    plans = _planned_beside_experts(0.1)
     times = {force: plan.predicted["step_time_s"] for force, plan in plans.items()}
     assert times[None] <= min(times["ddp"], times["megatron"]) < max(times.values())
     proof, objectives = plans[None].solver, [c["objective_s"] for c in plans[None].candidates]
     assert len(objectives) == 3 and proof["lower_bound_s"] <= min(objectives) < proof["objective_s"], "it is about all plans of the mesh"
+
+
+def test_own_plans_have_to_beat_experts_by_a_margin(monkeypatch):
+    def times(margin):
+        monkeypatch.setattr("opweave.compiler.planner._EXPERTS_MARGIN", margin)
+        return {force: plan.predicted["step_time_s"] for force, plan in _planned_beside_experts(0.0).items()}
+
+    free = times(0.0)
+    best = min(free["ddp"], free["megatron"])
+    gain = 1 - free[None] / best
+    assert gain > 0.01
+    assert times(0.9 * gain)[None] == free[None] and times(1.1 * gain)[None] == best
 
 
 def test_collectives_cost_what_lies_between_them():
