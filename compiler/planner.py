@@ -90,6 +90,7 @@ def _forms(roomy: tuple[tuple[float, float], ...]) -> tuple[_Form, ...]:
 
 _FORMS = {AUTO: _forms(_ROOMY), NO_PLACES: (_LOOSE,)}
 _FORMS_NEARLY_RESIDENT = _forms((_ROOMY[1], _ROOMY[0], *_ROOMY[2:]))
+_FORMS_OF_RECIPES = tuple(form for form in _forms(_ROOMY[1:]) if form.places)  # they leave little to choose
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
 _ENOUGH_S = 36.0
@@ -230,7 +231,7 @@ class _Search:
                 return
         if mesh.is_experts:
             return
-        forms = _FORMS.get(self.places, _FORMS[AUTO][2:])  # recipes leave little to choose
+        forms = _FORMS.get(self.places, _FORMS_OF_RECIPES)
         if self.places == AUTO and found and mesh.loose.expected_peaks()[DEVICE] <= _NEARLY_RESIDENT * self.limits[DEVICE]:
             forms = _FORMS_NEARLY_RESIDENT
         for form in forms:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,14 @@ import torch
 
 from . import detect, measure
 from .cluster import Cluster, ClusterError
-from .collectives import AT_ONCE, BUCKET_KINDS, many
-from .fit_cluster import OP_PASSES, fitted
+from .collectives import AT_ONCE, BUCKET_KINDS, SPACING, many
+from .fit_cluster import NETWORK, OP_PASSES, fitted
 from .journal import Journal, barrier, from_rank_0, machine, mean, rank, slowest, versions, world
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SLOW_S = 0.25  # what disturbs a collective that takes longer is small beside it, so a few runs will do
-PASSES = 3
-SPACING_PASSES = 6
+PASSES = 3  # over the links, one behind each part of the ops
+_SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _BUCKET_BYTES = 1 << 24  # no more than this is under way at once
 Step = tuple[str, Callable[[], Any]]  # a name, and what measures it
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -94,7 +93,7 @@ def calibrate(
     dtypes = [str(dtype) for dtype in options.dtypes]
     key = {"machine": machine(), "versions": versions(), "ranks": world(), "quick": options.quick, "dtypes": dtypes}
     journal = Journal(None if path is None else path.with_name(path.name + ".partial"), key)
-    steps = _steps(start, device, options, connect, functions)
+    steps = _steps(start, device, options, connect, functions, journal.samples)
     try:
         for done, (name, run) in enumerate(steps):
             if progress and rank() == 0:
@@ -124,26 +123,32 @@ def _fitted_on_rank_0(start: Cluster, journal: Journal, *, seconds: float, quick
 
 
 def _steps(
-    start: Cluster, device: torch.device, options: Options, connect: Connect | None, functions: measure.Functions = measure.PLAIN
-) -> list[Step]:
-    """Everything to measure, in order: (name, what measures it). The same list on every rank."""
+    start: Cluster, device: torch.device, options: Options, connect: Connect | None, functions: measure.Functions = measure.PLAIN,
+    samples: Mapping[str, Any] | None = None,
+) -> list[Step]:  # fmt: skip
+    """Everything to measure, in order: (name, what measures it). The same list on every rank. samples: where the results will be.
+
+    What is measured in several passes is measured half a minute apart: a shared machine is slower for seconds or minutes.
+    """
     scale = 4 if device.type == "cuda" else 1
     room = start.device.usable_bytes * options.memory_share
     rows = [row for row in measure.rows(options.dtypes, scale=scale, quick=options.quick) if 2 * row.num_bytes < room]
-    steps: list[Step] = [("turns", partial(_turns_sample, device))]
-    first, again = OP_PASSES
-    twice = [row for row in rows if row.dtype == torch.float32]  # most of what a step takes has the curves of float32
-    for turn, chosen in ((first, rows), (again, twice)):
-        steps += [(f"{turn} {row.name}", partial(op_sample, row, device, options.budget_s / 2, functions)) for row in chosen]
-    steps.append(("views", partial(_view_sample, options.budget_s)))
+
+    def ops(turn: str, *, float32: bool) -> list[Step]:
+        chosen = [row for row in rows if (row.dtype == torch.float32) == float32]
+        return [(f"{turn} {row.name}", partial(op_sample, row, device, options.budget_s / 2, functions)) for row in chosen]
+
+    first, again = OP_PASSES  # the second of float32 only, whose curves most of what a step takes has
+    parts = [ops(first, float32=True), ops(again, float32=True), ops(first, float32=False)]
+    network = _network_steps(start, device, options, connect, samples or {}) if connect is not None else [[] for _ in parts]
+    steps: list[Step] = [("turns", partial(_turns_sample, device)), ("views", partial(_view_sample, options.budget_s))]
+    steps += [step for part in itertools.chain(*zip(parts, network, strict=True)) for step in part]
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
     for direction in ("device_to_host", "host_to_device"):
         steps.append((f"copy {direction}", partial(_copy_sample, direction, device, sizes, options.budget_s)))
     steps.append(("disk", partial(_disk_sample, options.folder, quick=options.quick)))
     if device.type == "cuda":
         steps.append(("host update", partial(op_sample, measure.rows((torch.float32,))[-1], torch.device("cpu"), 0.2, functions)))
-    if connect is not None:
-        steps += _collective_steps(start, device, options, connect)
     return steps
 
 
@@ -188,39 +193,37 @@ def _groups(start: Cluster) -> dict[tuple[int, int], tuple[tuple[int, ...], tupl
     return {key: where for key, where in found.items() if key[0] > 1}
 
 
-def _collective_steps(start: Cluster, device: torch.device, options: Options, connect: Connect) -> list[Step]:
-    sizes = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-    steps: list[Step] = []
-    many_sizes = {n: [b for b in (1 << 16, 1 << 20, 1 << 22) if b <= _BUCKET_BYTES // n] for n in AT_ONCE}
-    for (size, per_node), (mesh, axes) in sorted(_groups(start).items()):
-        wires = connect(mesh, axes)  # also where the samples are there already: all ranks make the same groups
-        for kind in KINDS:
-            steps.append((f"collective {kind} {size} {per_node}", partial(_collective_points, wires, kind, sizes, size, device)))
-        steps.append((f"overlap {size} {per_node}", partial(_overlap, wires, device)))
-        if device.type == "cpu":
-            for kind in BUCKET_KINDS:
-                for n in AT_ONCE:
-                    name = f"collective {many(kind, n)} {size} {per_node}"
-                    steps.append((name, partial(_collective_points, wires, kind, many_sizes[n], size, device, at_once=n)))
-            steps.append((f"spacing {size} {per_node}", partial(_spacing, wires, size, device)))
-    return steps
+def _network_steps(
+    start: Cluster, device: torch.device, options: Options, connect: Connect, samples: Mapping[str, Any]
+) -> list[list[Step]]:
+    """What is measured of the links, pass by pass: another program's second of work must not make a price."""
+    groups = [(key, connect(*where)) for key, where in sorted(_groups(start).items())]  # all ranks make the same ones
+    sizes: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else _SIZES
+    kinds = [(kind, kind, sizes, 1) for kind in KINDS]
+    if device.type == "cpu":
+        buckets = {n: [b for b in (1 << 16, 1 << 20, 1 << 22) if b <= _BUCKET_BYTES // n] for n in AT_ONCE}
+        kinds += [(many(kind, n), kind, tuple(buckets[n]), n) for kind in BUCKET_KINDS for n in AT_ONCE]
+
+    def steps(turn: int) -> Iterator[Step]:
+        for (size, per_node), wires in groups:
+            for table, kind, chosen, n in kinds:
+                name, first = (f"{NETWORK} {i} {table} {size} {per_node}" for i in (turn, 0))
+                yield name, partial(_collective_points, wires, kind, chosen, size, device, n, samples, first)
+            if device.type == "cpu":
+                yield f"{NETWORK} {turn} {SPACING} {size} {per_node}", partial(_spacing, wires, size, device)
+            if turn == 0:
+                yield f"overlap {size} {per_node}", partial(_overlap, wires, device)
+
+    return [list(steps(turn)) for turn in range(PASSES)]
 
 
 def _collective_points(
-    wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device, at_once: int = 1
-) -> list[list[float]]:
-    return _passes(sizes, lambda b: collective_sample(wires, kind, b, group, device, at_once) / at_once)
-
-
-def _passes(sizes: Sequence[int], sample: Callable[[int], float]) -> list[list[float]]:
-    """[bytes, seconds]: the median of `PASSES` over all sizes, some seconds apart, since another program's second of work must not make a
-    price. What takes long is measured once."""
-    found = [[sample(b)] for b in sizes]
-    for _ in range(PASSES - 1):
-        for b, seconds in zip(sizes, found, strict=True):
-            if seconds[0] <= SLOW_S:  # the same on all ranks
-                seconds.append(sample(b))
-    return [[float(b), statistics.median(seconds)] for b, seconds in zip(sizes, found, strict=True)]
+    wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device, at_once: int,
+    samples: Mapping[str, Any], first: str,
+) -> list[list[float]]:  # fmt: skip
+    """[bytes, seconds] of one pass; what took long in the first pass, the sample of that name, is not measured again."""
+    slow = {num_bytes: seconds for num_bytes, seconds in samples.get(first, ()) if seconds > SLOW_S}  # the same on all ranks
+    return [[float(b), slow.get(b) or collective_sample(wires, kind, b, group, device, at_once) / at_once] for b in sizes]
 
 
 def _tensor(kind: str, num_bytes: int, group: int, device: torch.device) -> torch.Tensor:
@@ -271,10 +274,9 @@ def _added(compute: Callable[[], Any], communicate: Callable[[], Any], device: t
     return without, max(1e-6, with_it - without)
 
 
-def _spacing(wires: Communication, group: int, device: torch.device) -> list[list[float]]:
-    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to 3 ms of a core. The third
-    point is what `collective_sample` has between its own; the others are compared to it pass by pass, since what a collective takes may
-    double within a minute on a machine that is shared."""
+def _spacing(wires: Communication, group: int, device: torch.device) -> list[list[list[float]]]:
+    """[seconds that ranks compute between two collectives, seconds that a small one then adds], from nothing to 3 ms of a core, twice. The
+    third point is what `collective_sample` has between its own."""
     layers, small = measure.Layers(), _tensor("all_gather", 1 << 10, group, device)
 
     def long() -> None:
@@ -282,12 +284,7 @@ def _spacing(wires: Communication, group: int, device: torch.device) -> list[lis
             layers.run()
 
     pieces: list[Callable[[], Any]] = [lambda: None, layers.layer, layers.run, long]
-    passes = [
-        [_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5) for piece in pieces] for _ in range(SPACING_PASSES)
-    ]
-    usual = statistics.median(points[2][1] for points in passes)
-    spaced = zip(*([(computed, added - points[2][1]) for computed, added in points] for points in passes), strict=True)
-    return [[statistics.median(c for c, _ in points), usual + statistics.median(more for _, more in points)] for points in spaced]
+    return [[list(_added(piece, lambda: wires.wait(wires.start("all_gather", small)), device, 5)) for piece in pieces] for _ in range(2)]
 
 
 def _computation(device: torch.device) -> Callable[[], Any]:

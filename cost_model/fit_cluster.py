@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from .work import Work, class_of
 
 MEASURED = "measured: opweave calibrate"
 OP_PASSES = ("op", "again")  # how the samples of an op are named
+NETWORK = "network"  # and those of a link: "network PASS TABLE SIZE DEVICES_PER_NODE"
 
 
 def corrected(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
@@ -141,31 +144,49 @@ def _monotone(points: fit.Points) -> fit.Points:
     return [[x, y] for (x, _), y in zip(points, fit.isotonic([y for _, y in points]), strict=True)]
 
 
-def _spaced(points: fit.Points) -> fit.Points:
-    """Added seconds against those of the third point, with which the prices of the kinds were measured."""
-    rising = _monotone(sorted(points))
-    usual = interpolate(rising, points[2][0])
-    return [[x, y - usual] for x, y in rising]
+def _spaced(passes: Sequence[fit.Points], price_s: float) -> fit.Points:
+    """Seconds on top of a collective's price, by the seconds between two. passes: of [seconds between, seconds that a small one then adds];
+    the third point is what prices were measured with. price_s: of that small collective.
+
+    Each pass is compared to its own third point, and to `price_s` in proportion: what a collective takes may double within a minute.
+    """
+    usual = statistics.median(points[2][1] for points in passes)
+    spaced = list(zip(*([(between, added - points[2][1]) for between, added in points] for points in passes), strict=True))
+    more = [[statistics.median(x for x, _ in points), statistics.median(y for _, y in points)] for points in spaced]
+    rising = _monotone(sorted([x, max(y / usual, -1.0) * price_s] for x, y in more))
+    at_third = interpolate(rising, more[2][0])
+    return [[x, y - at_third] for x, y in rising]
 
 
 def _network(start: Cluster, samples: Mapping[str, Any]) -> dict[str, Link]:
     """intra_node and inter_node: tables by kind and group, and the formula's constants from the all_reduce of the smallest group."""
+    passes: dict[tuple[str, str, str], list[Any]] = {}
+    for name, sample in samples.items():
+        if name.startswith(f"{NETWORK} "):
+            _, _, table, size, per_node = name.split()
+            passes.setdefault((table, size, per_node), []).append(sample)
+    points = {key: _medians(found) for key, found in passes.items() if key[0] != SPACING}
     tables: dict[str, dict[str, dict[str, Any]]] = {"intra_node": {}, "inter_node": {}}
     basis: dict[str, tuple[int, fit.Points]] = {}
-    for name, points in samples.items():
-        if not name.startswith(("collective ", "spacing ")):
-            continue
-        *what, size, per_node = name.split()
-        kind = what[-1]
+    for (table, size, per_node), found in passes.items():
         link = "intra_node" if size == per_node else "inter_node"
         key = size if per_node in (size, "1") else f"{size}/{per_node}"
-        tables[link].setdefault(kind, {})[key] = _spaced(points) if kind == SPACING else _monotone(points)
-        if kind == "all_reduce" and (link not in basis or (per_node == "1", -int(size)) > (False, -basis[link][0])):
-            basis[link] = (int(size), points)
-    made = {}
-    for link, (n, points) in basis.items():
-        fixed, per_byte = fit.line(points)
+        if table == SPACING:
+            made = _spaced(list(itertools.chain(*found)), points["all_gather", size, per_node][0][1])
+        else:
+            made = _monotone(points[table, size, per_node])
+        tables[link].setdefault(table, {})[key] = made
+        if table == "all_reduce" and (link not in basis or (per_node == "1", -int(size)) > (False, -basis[link][0])):
+            basis[link] = (int(size), points[table, size, per_node])
+    links = {}
+    for link, (n, of_all_reduce) in basis.items():
+        fixed, per_byte = fit.line(of_all_reduce)
         rate = 2 * (n - 1) / n / per_byte
         hop = fixed / (2 * (n - 1)) / 2
-        made[link] = Link(latency_s=hop, start_s=fixed / 2, bandwidth_bytes_per_s=rate, tables=tables[link])
-    return made
+        links[link] = Link(latency_s=hop, start_s=fixed / 2, bandwidth_bytes_per_s=rate, tables=tables[link])
+    return links
+
+
+def _medians(passes: Sequence[fit.Points]) -> fit.Points:
+    """[x, y] with the median y of several passes over the same x."""
+    return [[points[0][0], statistics.median(y for _, y in points)] for points in zip(*passes, strict=True)]

@@ -196,9 +196,12 @@ def test_collectives_become_tables(few_rows, quick, monkeypatch):
 
 
 def test_spacing_is_against_what_prices_were_measured_with():
-    points = _spaced([[0.0, 1e-4], [1e-4, 3e-4], [1e-3, 5e-4], [4e-3, 4e-4]])
-    assert [x for x, _ in points] == [0.0, 1e-4, 1e-3, 4e-3]
-    assert [y for _, y in points] == pytest.approx([-3.5e-4, -1.5e-4, 0.0, 0.0]), "never less with more between"
+    points = [[0.0, 1e-4], [1e-4, 3e-4], [1e-3, 5e-4], [4e-3, 4e-4]]
+    slow = [[x, 2 * y] for x, y in points]
+    for passes, price_s in (([points], 5e-4), ([points, slow, slow], 5e-4), ([slow], 1e-3)):
+        made = _spaced(passes, price_s)
+        assert [x for x, _ in made] == [0.0, 1e-4, 1e-3, 4e-3]
+        assert [y / price_s for _, y in made] == pytest.approx([-0.7, -0.3, 0.0, 0.0]), "never less with more between"
 
 
 def test_the_mean_of_the_middle_half():
@@ -230,5 +233,9 @@ def test_a_slow_collective_is_measured_once_and_others_in_several_passes(monkeyp
     monkeypatch.setattr(calibration, "SLOW_S", 0.02)
     _, added = calibration._added(lambda: None, lambda: (seen.append(1), time.sleep(0.05)), torch.device("cpu"), 2)
     assert len(seen) == 1 and added == pytest.approx(0.05, abs=0.02)
-    answers = {1: iter([0.01, 0.5, 0.012]), 2: iter([0.1])}
-    assert calibration._passes((1, 2), lambda b: next(answers[b])) == [[1.0, 0.012], [2.0, 0.1]]
+    answers = {1: iter([0.01, 0.03]), 2: iter([0.1])}
+    monkeypatch.setattr(calibration, "collective_sample", lambda wires, kind, b, group, device, at_once: next(answers[b]))
+    samples = {}
+    for turn in ("first", "second"):
+        samples[turn] = calibration._collective_points(None, "all_reduce", (1, 2), 2, torch.device("cpu"), 1, samples, "first")
+    assert samples == {"first": [[1.0, 0.01], [2.0, 0.1]], "second": [[1.0, 0.03], [2.0, 0.1]]}
