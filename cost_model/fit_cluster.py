@@ -148,12 +148,14 @@ def _spaced(passes: Sequence[fit.Points], price_s: float) -> fit.Points:
     """Seconds on top of a collective's price, by the seconds between two. passes: of [seconds between, seconds that a small one then adds];
     the third point is what prices were measured with. price_s: of that small collective.
 
-    Each pass is compared to its own third point, and to `price_s` in proportion: what a collective takes may double within a minute.
+    What a collective takes may double within a minute. So each pass is compared to its own third point, and where collectives took longer
+    then than their price says, what is added shrinks in proportion.
     """
     usual = statistics.median(points[2][1] for points in passes)
     spaced = list(zip(*([(between, added - points[2][1]) for between, added in points] for points in passes), strict=True))
     more = [[statistics.median(x for x, _ in points), statistics.median(y for _, y in points)] for points in spaced]
-    rising = _monotone(sorted([x, max(y / usual, -1.0) * price_s] for x, y in more))
+    scale = min(1.0, price_s / usual)
+    rising = _monotone(sorted([x, max(y * scale, -price_s)] for x, y in more))
     at_third = interpolate(rising, more[2][0])
     return [[x, y - at_third] for x, y in rising]
 
