@@ -123,8 +123,8 @@ def _fitted_on_rank_0(start: Cluster, journal: Journal, *, seconds: float, quick
 
 
 def _steps(
-    start: Cluster, device: torch.device, options: Options, connect: Connect | None, functions: measure.Functions = measure.PLAIN,
-    samples: Mapping[str, Any] | None = None,
+    start: Cluster, device: torch.device, options: Options, connect: Connect | None, functions: measure.Functions,
+    samples: Mapping[str, Any],
 ) -> list[Step]:  # fmt: skip
     """Everything to measure, in order: (name, what measures it). The same list on every rank. samples: where the results will be.
 
@@ -140,7 +140,7 @@ def _steps(
 
     first, again = OP_PASSES  # the second of float32 only, whose curves most of what a step takes has
     parts = [ops(first, float32=True), ops(again, float32=True), ops(first, float32=False)]
-    network = _network_steps(start, device, options, connect, samples or {}) if connect is not None else [[] for _ in parts]
+    network = _network_steps(start, device, options, connect, samples) if connect is not None else [[] for _ in parts]
     steps: list[Step] = [("turns", partial(_turns_sample, device)), ("views", partial(_view_sample, options.budget_s))]
     steps += [step for part in itertools.chain(*zip(parts, network, strict=True)) for step in part]
     sizes = [1 << 12, 1 << 16, 1 << 20, 1 << 24] + ([1 << 27] if device.type == "cuda" else [])
@@ -201,28 +201,29 @@ def _network_steps(
     sizes: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 18, 1 << 22) if options.quick else _SIZES
     kinds = [(kind, kind, sizes, 1) for kind in KINDS]
     if device.type == "cpu":
-        buckets = {n: [b for b in (1 << 16, 1 << 20, 1 << 22) if b <= _BUCKET_BYTES // n] for n in AT_ONCE}
-        kinds += [(many(kind, n), kind, tuple(buckets[n]), n) for kind in BUCKET_KINDS for n in AT_ONCE]
+        buckets = (1 << 16, 1 << 20) if options.quick else (1 << 16, 1 << 20, 1 << 22)
+        chosen = {n: tuple(b for b in buckets if b <= _BUCKET_BYTES // n) for n in AT_ONCE}
+        kinds += [(many(kind, n), kind, chosen[n], n) for kind in BUCKET_KINDS for n in AT_ONCE]
 
     def steps(turn: int) -> Iterator[Step]:
         for (size, per_node), wires in groups:
-            for table, kind, chosen, n in kinds:
+            for table, kind, of_bytes, n in kinds:
                 name, first = (f"{NETWORK} {i} {table} {size} {per_node}" for i in (turn, 0))
-                yield name, partial(_collective_points, wires, kind, chosen, size, device, n, samples, first)
+                yield name, partial(_collective_points, wires, kind, of_bytes, size, device, n, samples, first)
             if device.type == "cpu":
                 yield f"{NETWORK} {turn} {SPACING} {size} {per_node}", partial(_spacing, wires, size, device)
             if turn == 0:
                 yield f"overlap {size} {per_node}", partial(_overlap, wires, device)
 
-    return [list(steps(turn)) for turn in range(PASSES)]
+    return [list(steps(turn)) if turn < 2 or not options.quick else [] for turn in range(PASSES)]
 
 
 def _collective_points(
     wires: Communication, kind: str, sizes: Sequence[int], group: int, device: torch.device, at_once: int,
     samples: Mapping[str, Any], first: str,
 ) -> list[list[float]]:  # fmt: skip
-    """[bytes, seconds] of one pass; what took long in the first pass, the sample of that name, is not measured again."""
-    slow = {num_bytes: seconds for num_bytes, seconds in samples.get(first, ()) if seconds > SLOW_S}  # the same on all ranks
+    """[bytes, seconds of one message] of a pass; what took long in the first pass, the sample of that name, is not measured again."""
+    slow = {num_bytes: seconds for num_bytes, seconds in samples.get(first, ()) if seconds * at_once > SLOW_S}  # the same on all ranks
     return [[float(b), slow.get(b) or collective_sample(wires, kind, b, group, device, at_once) / at_once] for b in sizes]
 
 

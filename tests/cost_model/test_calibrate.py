@@ -1,5 +1,6 @@
 """Calibration on a handful of rows: what is written, resumed, refused and checked."""
 
+import collections
 import dataclasses
 import json
 import time
@@ -118,8 +119,8 @@ def test_the_runtimes_own_ops_are_left_out_where_they_are_not_handed_in():
 def test_memory_share_bounds_the_samples(quick):
     start = Cluster.preset("cpu")
     small = dataclasses.replace(start, device=dataclasses.replace(start.device, memory_bytes=10**8, reserved_bytes=0))
-    few = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.001), None)
-    many = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.5), None)
+    few = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.001), None, {}, {})
+    many = calibration._steps(small, torch.device("cpu"), dataclasses.replace(quick, memory_share=0.5), None, {}, {})
     assert len(few) < len(many)
     with pytest.raises(ClusterError, match=r"memory share is 2"):
         Options(memory_share=2)
@@ -155,22 +156,24 @@ def test_several_ranks_need_their_collectives(monkeypatch, quick):
         calibration.calibrate(None, options=quick)
 
 
+class Wires:
+    """What is sent comes back four times."""
+
+    sent = 0
+
+    def __init__(self, mesh, axes):
+        self.size = mesh[axes[0]]
+
+    def start(self, kind, tensor):
+        Wires.sent += tensor.numel() * tensor.element_size()
+        return torch.cat([tensor] * 4)
+
+    def wait(self, pending):
+        return pending
+
+
 def test_collectives_become_tables(few_rows, quick, monkeypatch):
     """Two pretended nodes of two ranks: groups inside a node, across nodes, and of all ranks get tables of their own."""
-
-    class Wires:
-        sent = 0
-
-        def __init__(self, mesh, axes):
-            self.size = mesh[axes[0]]
-
-        def start(self, kind, tensor):
-            Wires.sent += tensor.numel() * tensor.element_size()
-            return torch.cat([tensor] * 4)
-
-        def wait(self, pending):
-            return pending
-
     ran = []
 
     def added(compute, communicate, device, series):
@@ -228,14 +231,23 @@ def test_a_collective_is_what_the_slowest_rank_sees(monkeypatch):
     assert added == pytest.approx(0.1, abs=0.01) and seen
 
 
-def test_a_slow_collective_is_measured_once_and_others_in_several_passes(monkeypatch):
+def test_a_slow_collective_runs_once(monkeypatch):
     seen = []
     monkeypatch.setattr(calibration, "SLOW_S", 0.02)
     _, added = calibration._added(lambda: None, lambda: (seen.append(1), time.sleep(0.05)), torch.device("cpu"), 2)
     assert len(seen) == 1 and added == pytest.approx(0.05, abs=0.02)
-    answers = {1: iter([0.01, 0.03]), 2: iter([0.1])}
-    monkeypatch.setattr(calibration, "collective_sample", lambda wires, kind, b, group, device, at_once: next(answers[b]))
-    samples = {}
-    for turn in ("first", "second"):
-        samples[turn] = calibration._collective_points(None, "all_reduce", (1, 2), 2, torch.device("cpu"), 1, samples, "first")
-    assert samples == {"first": [[1.0, 0.01], [2.0, 0.1]], "second": [[1.0, 0.03], [2.0, 0.1]]}
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.1, 2), (1.0, 1)])
+def test_what_takes_long_is_measured_in_one_pass_only(seconds, times, few_rows, quick, monkeypatch):
+    measured = collections.Counter()
+
+    def sample(wires, kind, num_bytes, group, device, at_once=1):
+        measured[kind, num_bytes, group, at_once] += 1
+        return seconds + 1e-9 * num_bytes
+
+    monkeypatch.setattr(calibration, "collective_sample", sample)
+    monkeypatch.setattr(calibration, "_added", lambda *_: (1e-4, 1e-4))
+    monkeypatch.setattr(calibration.detect, "detect_cluster", lambda: Cluster.preset("cpu", devices=4))
+    calibration.calibrate(None, connect=Wires, options=quick)
+    assert set(measured.values()) == {times}
