@@ -128,7 +128,7 @@ def _steps(
 ) -> list[Step]:  # fmt: skip
     """Everything to measure, in order: (name, what measures it). The same list on every rank. samples: where the results will be.
 
-    What is measured in several passes is measured half a minute apart: a shared machine is slower for seconds or minutes.
+    Passes over the links come between those over the ops, some time apart: a shared machine is slower for seconds or minutes.
     """
     scale = 4 if device.type == "cuda" else 1
     room = start.device.usable_bytes * options.memory_share

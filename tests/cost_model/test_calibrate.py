@@ -15,7 +15,7 @@ from opweave.cost_model.calibrate import Options
 from opweave.cost_model.calibrate_check import check
 from opweave.cost_model.cluster import Cluster, ClusterError
 from opweave.cost_model.collectives import SPACING, many
-from opweave.cost_model.fit_cluster import _spaced
+from opweave.cost_model.fit_cluster import _medians, _spaced
 from opweave.cost_model.kernels import is_measured
 
 
@@ -205,6 +205,12 @@ def test_spacing_is_against_what_prices_were_measured_with():
         made = _spaced(passes, price_s)
         assert [x for x, _ in made] == [0.0, 1e-4, 1e-3, 4e-3]
         assert [y / price_s for _, y in made] == pytest.approx([-0.7, -0.3, 0.0, 0.0]), "never less with more between"
+    made = _spaced([points], 1e-3)
+    assert made[0][1] == pytest.approx(-3.5e-4), "it does not grow where messages were faster than their price"
+
+
+def test_a_price_is_the_median_of_its_passes():
+    assert _medians([[[1.0, 0.01], [2.0, 0.1]], [[1.0, 0.5], [2.0, 0.1]], [[1.0, 0.012], [2.0, 0.1]]]) == [[1.0, 0.012], [2.0, 0.1]]
 
 
 def test_the_mean_of_the_middle_half():
