@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from .collector import collector_paused
 from .factors import FactorMap, is_getitem
 from .rule import Rule, RuleError
 from .rule_table import is_user_row, op_name, row_of
@@ -22,6 +23,7 @@ class Analysis:
     replicated: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
+@collector_paused()
 def analyse(step: StepGraph) -> Analysis:
     """Bind every op to its rule. Raises RuleError where a user's own pattern does not fit its op."""
     rules: dict[fx.Node, Rule | None] = {}

@@ -27,6 +27,7 @@ from .capture_errors import CaptureError, line_of_error, place
 from .capture_experts import experts_as_one_op
 from .capture_record import Origin, Recorder
 from .capture_tree import batch_constants, map_tensors, split_extras
+from .collector import collector_paused
 from .micro_batches import check_batch, micro_batch
 from .optimizer_ops import OptimizerSpec, add_update, read_optimizer
 from .step_graph import GraphInput, GraphOutput, OpInfo, StepGraph
@@ -41,6 +42,7 @@ _LOSS_WAY_OUT = (
 )
 
 
+@collector_paused()
 def capture(
     model: nn.Module,
     batch: Any,

@@ -83,6 +83,8 @@ class Lowering:
         self._raw: dict[tuple[fx.Node, str], tuple[fx.Node, Layout]] = {}
         self._kept: dict[tuple[fx.Node, str], Later] = {}
         self._parked: dict[fx.Node, fx.Node] = {}
+        self._loss = step.output_values("loss")[0]
+        self._specs: dict[tuple[fx.Node, Layout], ShardSpec] = {}
         self._num_recomputed = 0
         self._clipped = False
         self._copies: dict[tuple[fx.Node, str, Layout], Later] = {}
@@ -152,8 +154,12 @@ class Lowering:
 
     def spec(self, value: fx.Node, layout: Layout) -> ShardSpec:
         """The ShardSpec of a value in a layout."""
-        shape = tuple(int(s) for s in value.meta["val"].shape)
-        return spec_of(layout, shape, self.factors.dims(value), self.factors.splits(value), self.mesh)
+        found = self._specs.get((value, layout))
+        if found is None:
+            shape = tuple(int(s) for s in value.meta["val"].shape)
+            found = spec_of(layout, shape, self.factors.dims(value), self.factors.splits(value), self.mesh)
+            self._specs[value, layout] = found
+        return found
 
     def _input(self, node: fx.Node, info: GraphInput) -> Port:
         local = self.e.graph.placeholder(node.name)
@@ -211,7 +217,7 @@ class Lowering:
 
     def loss(self) -> fx.Node:
         """The local loss, complete on every rank."""
-        return self.output(self.step.output_values("loss")[0])
+        return self.output(self._loss)
 
     def tier(self, stored: fx.Node) -> str:
         """Where an input lives between steps."""
@@ -221,7 +227,7 @@ class Lowering:
         return place.param if self._infos[stored].kind == "param" else place.state
 
     def _outputs(self, new_values: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]) -> tuple[list[fx.Node], list[Port]]:
-        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        out = self.step.graph.output_node()
         nodes: list[fx.Node] = []
         ports: list[Port] = []
         tiers_of: dict[tuple[str, str, str], str] = {(i.kind, i.fqn, i.slot): self.tier(node) for node, i in self._infos.items()}

@@ -31,6 +31,7 @@ from ..runtime.meta_ops import MetaOps
 from ..runtime.program import LocalProgram
 from .analyse import Analysis
 from .choices import ChoiceGraph, Restriction, build_choices
+from .collector import collector_paused
 from .defer import deferrable, waited_for
 from .force import restriction
 from .limits import Limits, memory_limits
@@ -311,11 +312,13 @@ class _Search:
             outcome = self._scheduled(candidate)
         return outcome
 
+    @collector_paused()
     def _scheduled(self, candidate: Candidate) -> Outcome:
         """Lower a candidate, schedule it within what memory it leaves, and see what that needs. Updates on the CPU that the step would
         wait for at its end, or the longest of them, are left to the next one, where that is faster."""
         started = time.perf_counter()
         expected_s = candidate.solution.objective / (1 + self.busy_weight)
+        candidate.deferred, candidate.moves = frozenset(), []
         program, line = self._lowered(candidate)
         candidate.deferred = deferrable(program, line, self.cluster, expected_s)
         if candidate.deferred:

@@ -110,7 +110,8 @@ class ParameterPlaces:
         narrow = self._narrow_share(tensor_args(op)[0], [pl for _, pl in options])
         is_cast = tensor_args(op)[0] in self._uses.casts
         deferrable = self._narrow_gradient(op) and (narrow < 1)
-        follows = np.zeros(len(options))  # seconds of what comes behind the gradient
+        # Seconds of what comes behind the gradient: before the step ends, and before the next one reads the parameter.
+        follows, deferred = np.zeros(len(options)), np.zeros(len(options))
         for tier in self._nodes.tiers:
             p_off = np.array([pl.param == tier for _, pl in options])
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
@@ -132,14 +133,20 @@ class ParameterPlaces:
                     during.add(CPU, phase, adding * share)
                     behind.add(CPU, phase, updating * share)
                 follows += np.where(deferrable, 0.0, updating)
+                deferred += np.where(deferrable, gradient + updating + fetched, 0.0)
             follows += gradient + self._nodes.copy_s(tier, "out", s_bytes * s_off + p_bytes * p_off * ~on_cpu)
         if behind is during:
-            return during, np.maximum(0.0, follows - self._left_s(op))
+            left_s = self._left_s(op)
+            return during, np.max([0.0 * p_bytes, follows - left_s, deferred - left_s - self._read_after_s(tensor_args(op)[0])], axis=0)
         return during, np.max([0.0 * p_bytes, *behind.of.values()], axis=0)
 
     def _left_s(self, op: fx.Node) -> float:
         """Seconds of computation behind the gradient of an update."""
         return float(self._nodes.clock[self._last_bwd] - self._nodes.clock[self._due[op]]) if op in self._due else 0.0
+
+    def _read_after_s(self, param: fx.Node) -> float:
+        """Seconds of computation before the step reads a parameter."""
+        return float(self._nodes.clock[min((self._order[op] for op in self._uses.readers_of_inputs.get(param, [])), default=0)])
 
     def _narrow_share(self, param: fx.Node, places: Sequence[StatePlace]) -> np.ndarray:
         """Per place the share of a parameter's bytes that is fetched: less than 1 where that is its narrow form."""

@@ -181,7 +181,7 @@ class Pricer:
     def _whole_outputs(self) -> dict[fx.Node, int]:
         """Values that leave the step whole on every rank, with their global bytes: loss, extras, buffers, gradients asked for. Of several
         micro-batches each gives the buffers to the next."""
-        out = next(n for n in self.graph.step.graph.nodes if n.op == "output")
+        out = self.graph.step.graph.output_node()
         return {
             value: tensor_bytes(value.meta["val"])
             for value, info in zip(out.args[0], self.graph.step.outputs, strict=True)

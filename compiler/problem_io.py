@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .collector import collector_paused
 from .problem import FORBIDDEN, SelectionProblem, check, concatenate
 
 FORMAT = "opweave.selection/1"
@@ -38,18 +38,14 @@ def save(problem: SelectionProblem, path: str | Path) -> None:
 def _read_json(path: str | Path) -> Any:
     """Parse a JSON file, ``.gz`` or plain; ``ValueError`` with the file's name if it is not JSON."""
     source = Path(path)
-    enabled = gc.isenabled()
-    gc.disable()  # millions of small lists: the cycle collector would scan them again and again
     try:
         raw = source.read_bytes()
-        return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+        with collector_paused():  # millions of small lists
+            return json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
     except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{source}: not a JSON file: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{source}: JSON nested too deeply") from error
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _flat(lists: Iterable[Any], what: str) -> np.ndarray:

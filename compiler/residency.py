@@ -109,7 +109,7 @@ class Uses:
             else:
                 for unit in self._read(node):
                     self.later[unit].append(node)
-        out = next(n for n in self.step.graph.nodes if n.op == "output")
+        out = self.step.graph.output_node()
         for value in out.args[0]:
             made = unit_of(value) if isinstance(value, fx.Node) else None
             if made in self.producers:

@@ -49,7 +49,7 @@ class _Scheduler:
     held: dict[str, int]
     place: dict[fx.Node, int] = field(default_factory=dict)
     moves: Moves = field(default_factory=list)
-    started: dict[fx.Node, str] = field(default_factory=dict)  # a start, or what feeds it, and before what it stands; the last first
+    started: dict[fx.Node, str] = field(default_factory=dict)  # a start, or what feeds it, and before what it stands
     fixed: list[bool] = field(default_factory=list)  # instructions that stay where they are: others move to before one of these
     end: int = -1  # of what runs once per micro-batch: nothing moves from one side of it to the other
 
@@ -99,15 +99,14 @@ class _Scheduler:
         begins = self._latest(starts, [], {})
         for _ in range(_NUM_QUEUES if others else 0):
             begins = self._latest(starts, others, self._queue(others, begins))
-        for node in reversed(starts):
+        for node in _by_need(starts):  # where there is too little memory, it goes to what is needed first
             behind = self.end if self.place[node] > self.end else -1
             together = [node, *_feeders(node)]
             needs = (used for item in together for used in item.all_input_nodes if used not in together)
             earliest = max([self.place.get(used, -1) for used in needs] + [behind]) + 1
             target = max(bisect_right(self.clock, begins[node]) - 1, earliest)
             self._move_up(together, target)
-        # What is needed first starts first, also where several move to one place.
-        self.moves += [(node.name, before) for node, before in reversed(self.started.items())]
+        self.moves += [(node.name, before) for node, before in self.started.items()]
 
     def _latest(self, starts: list[fx.Node], others: list[fx.Node], ends: dict[fx.Node, float]) -> dict[fx.Node, float]:
         """When each has to start, so that it is there when it is needed. A gather goes before each of the other collectives of its lane,
@@ -162,7 +161,7 @@ class _Scheduler:
             target += 1
         if target < at:
             self.used[target:at] += num_bytes
-            for node in together:
+            for node in reversed(together):
                 if self.place[node] > target:
                     self.place[node] = target
                     self.started.pop(node, None)  # a fetch that moved with its gather goes on by itself
@@ -181,6 +180,14 @@ def _chain(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
 def _is_stored(node: fx.Node) -> bool:
     """Whether a value is there from the beginning of the step: an input, or what is fetched or made of one alone."""
     return _chain(node)[1].op == "placeholder"
+
+
+def _by_need(starts: list[fx.Node]) -> list[fx.Node]:
+    """Starts in the order in which they are needed; a gather, which takes what feeds it along, before that."""
+    fed = {node: _feeders(node) for node in starts}
+    feeders = set().union(*fed.values())
+    order = [passed for node in starts if node not in feeders for passed in (node, *reversed(fed[node]))]
+    return [node for node in dict.fromkeys(order) if node in fed]
 
 
 def _feeders(start: fx.Node) -> list[fx.Node]:

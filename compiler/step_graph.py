@@ -90,7 +90,7 @@ class StepGraph:
 
     def output_values(self, kind: OutputKind) -> list[fx.Node]:
         """The values that leave the step as outputs of a kind."""
-        out = next(n for n in self.graph.nodes if n.op == "output")
+        out = self.graph.output_node()
         return [value for value, info in zip(out.args[0], self.outputs, strict=True) if info.kind == kind]  # type: ignore[misc]
 
     def placeholder(self, name: str) -> fx.Node:
@@ -101,7 +101,7 @@ class StepGraph:
         """Check the invariants of the module docstring; an AssertionError here is a bug of opweave."""
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         assert [n.name for n in placeholders] == [i.name for i in self.inputs], "placeholders and inputs disagree"
-        out = next(n for n in self.graph.nodes if n.op == "output")
+        out = self.graph.output_node()
         assert len(out.args[0]) == len(self.outputs), f"{len(out.args[0])} graph outputs, {len(self.outputs)} described"
         for node in self.graph.nodes:
             assert node.op in ("placeholder", "call_function", "output"), f"unexpected {node.op} node {node.name}"

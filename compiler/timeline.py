@@ -403,7 +403,7 @@ class _Writer:
             states = len(made) // max(1, len(params)) - 1
             return [op_work("opweave::update", [s] * (2 + states), [s] * (1 + states)) for s in shapes], "float32"
         used = [t for n in node.all_input_nodes for t in _tensors(self.values[n])]
-        if made and all(s in self._used_storages(node) for s in self.storages[node]):
+        if made and self.storages[node].keys() <= self._used_storages(node):
             return [NO_WORK] * (1 if isinstance(node.target, OpOverload) else _VIEWS_IN_A_FUNCTION), "float32"
         plain = [arg for arg in (*node.args, *node.kwargs.values()) if not isinstance(arg, fx.Node)]
         results = _results(self.values[node])
