@@ -95,7 +95,7 @@ class Lowering:
         # Casts of parameters that are not run: the narrow value is fetched. Update → its gradient before it is cast, where that is sent.
         self._fetched = {cast: p for p, cast in self.uses.casts.items() if assignment.state.get(p, ON_DEVICE).cast}
         self.narrow = {
-            op: narrow for p, op in self.uses.parameters() if assignment.state.get(p, ON_DEVICE).cast
+            op: narrow for p, op in self.uses.parameters() if (place := assignment.state.get(p, ON_DEVICE)).cast and place.update == HOST
             if (narrow := sent_narrow(self.uses, assignment, op)) is not None
         }  # fmt: skip
         self._not_run = {tensor_args(op)[1] for op in self.narrow}
@@ -137,7 +137,7 @@ class Lowering:
         self.micro_batches.end()
         outputs, ports = self._outputs(updates.finish())
         self.e.graph.output(tuple(outputs))
-        self.e.graph.eliminate_dead_code(lambda node: node.is_impure() or node.target is micro_batches.end)
+        self.e.graph.eliminate_dead_code(lambda node: node.is_impure() or _has_effect(node))
         let_sums_take_over(self.e.graph)
         return LocalProgram(
             mesh=self.mesh, graph=self.e.graph, inputs=inputs, outputs=tuple(ports), optimizer=self._optimizer,
@@ -247,7 +247,7 @@ class Lowering:
 
     def _op(self, node: fx.Node, phase: str) -> None:
         """Emit an op for the readers of a phase: its own, or a later one that makes its results again."""
-        if node in self._fetched:
+        if node in self._fetched and not self._fetches_whole(self._fetched[node], phase):
             local_param, stored = self._raw[self._fetched[node], "fwd"]
             self._made(node, phase, self.e.op(tiers.arrive, self.e.op(tiers.fetch_cast, local_param)), stored)
             return
@@ -363,12 +363,20 @@ class Lowering:
         backward pass has fetched just before."""
         if self.tier(value) == DEVICE:
             return "fwd"
-        early = phase == "update" and self.plan.early_updates and not self._clipped and self.step.num_micro_batches == 1
+        early = phase == "update" and self._updates_early()
         name = f"fetched for {'bwd' if early and (value, 'fetched for bwd') in self._raw else phase}"
         if (value, name) not in self._raw:
             local, layout = self._raw[value, "fwd"]
             self._raw[value, name] = (self._fetch(local), layout)
         return name
+
+    def _updates_early(self) -> bool:
+        """Whether parameters are updated as soon as their gradients are there."""
+        return self.plan.early_updates and not self._clipped and self.step.num_micro_batches == 1
+
+    def _fetches_whole(self, param: fx.Node, phase: str) -> bool:
+        """Whether a parameter that has a narrow form is fetched whole in a phase: for an update that follows there."""
+        return phase == "bwd" and self.plan.state[param].update == DEVICE and self._updates_early()
 
     def _fetch(self, parked: fx.Node) -> fx.Node:
         return self.e.op(tiers.arrive, self.e.op(tiers.fetch, parked))
@@ -418,6 +426,11 @@ def emit_op(
     )  # fmt: skip
     form = row.local if row is not None and row.local is not None else local_ops.plain
     return form(e, cut, args, kwargs)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether an instruction does something although nobody reads its result."""
+    return node.target is micro_batches.end or (node.target is tiers.settle and node.args[0].target is tiers.write_back_cast)
 
 
 def lower(

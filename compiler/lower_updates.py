@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from ..runtime import tiers, update
@@ -199,9 +200,16 @@ class UpdateQueue:
             self._returning.append((param, returned))  # waited for at the end, when all have started
         else:
             self._new[name] = (self._write_back(param, returned()), self._low.stored_spec(param))
+            if place.cast:
+                self._write_back_cast(param, returned())
 
     def _write_back(self, stored: fx.Node, local: fx.Node) -> fx.Node:
         return self._low.e.op(tiers.settle, self._low.e.op(tiers.write_back, self._low.local_input(stored), local))
+
+    def _write_back_cast(self, param: fx.Node, local: fx.Node) -> None:
+        e, cast = self._low.e, self._low.uses.casts[param]
+        narrow = e.op(torch.ops.aten._to_copy.default, local, dtype=cast.meta["val"].dtype)
+        e.op(tiers.settle, e.op(tiers.write_back_cast, self._low.local_input(param), narrow))
 
 
 def sent_narrow(uses: Uses, plan: Assignment, op: fx.Node) -> fx.Node | None:

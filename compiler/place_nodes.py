@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORBIDDEN = float("inf")
 LEAST_SHARE = 1e-4  # what is smaller than this share of all is not worth a decision: it stays on the device
-NEVER_FREE = 0.01  # share of a hidden copy's seconds that counts all the same: of plans that hide all they move, the one that moves least
+NEVER_FREE = 0.003  # share of a hidden copy's seconds that counts all the same: of plans that hide all they move, the one that moves least
 
 DIRECTIONS = {
     (HOST, "out"): "device_to_host", (HOST, "in"): "host_to_device", (DISK, "out"): "host_to_disk", (DISK, "in"): "disk_to_host",
@@ -47,6 +47,22 @@ class PlaceNode:
     options: list[tuple[int, str | StatePlace]]
 
 
+Saved = Mapping[str, np.ndarray]
+"""Seconds of computation that a phase is spared, per option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What a node has to do in a stream at a time of the step. at_s: seconds of computation before it. seconds: per option of the node, or
+    per option of `beside` and of it."""
+
+    node: int
+    stream: str
+    at_s: float
+    seconds: np.ndarray
+    beside: int | None = None
+
+
 class PlaceNodes:
     """The nodes of one problem, and what is needed to add one. tiers: pools beside the device's."""
 
@@ -60,6 +76,7 @@ class PlaceNodes:
         self.num_runs = pricer.num_runs("bwd")  # of what happens in forward and backward passes
         self.needed, self.needed_by_block = self._first_needs()
         self.of: dict[fx.Node, PlaceNode] = {}
+        self.copies: list[Copies] = []
         self._between: dict[tuple[int, bytes], int] = {}  # (choice, which options are alike) → node
         self.clock = np.zeros(0)
 
@@ -111,11 +128,19 @@ class PlaceNodes:
         """Seconds that a copy has its memory on the device beside the computation: those it takes, none without prefetching."""
         return float(self.copy_s(tier, way, num_bytes).max()) if self.pricer.prefetch else 0.0
 
-    def add(self, member: fx.Node, options: list, seconds: Seconds, exposed: np.ndarray | float = 0.0) -> PlaceNode:
-        """A node for a unit or a parameter. exposed: seconds that count in full."""
+    def add(
+        self, member: fx.Node, options: list, seconds: Seconds, at_s: Mapping[str, float], exposed: np.ndarray | float = 0.0,
+        saved: Saved | None = None,
+    ) -> PlaceNode:  # fmt: skip
+        """A node for a unit or a parameter. at_s: when it is that a phase copies. exposed: seconds that count in full."""
         costs = np.zeros(len(options)) + exposed + sum(NEVER_FREE * each for each in seconds.of.values())
-        index = self.pricer.builder.add_node(costs, self.overlap.of(seconds.of) or None)
+        streams = self.overlap.of(seconds.of)
+        for phase, less in (saved or {}).items():
+            costs = costs - self.pricer.cost_of(less)
+            add_streams(streams, self.pricer.hidden_behind(-less, phase))
+        index = self.pricer.builder.add_node(costs, streams or None)
         node = self.of[member] = PlaceNode(index, member, options)
+        self.copies += [Copies(index, stream, at_s[phase], each) for (stream, phase), each in seconds.of.items() if phase in at_s]
         return node
 
     def edge(self, choice: Choice, node: PlaceNode, cost: np.ndarray, streams: dict[str, np.ndarray]) -> None:
@@ -137,6 +162,12 @@ class PlaceNodes:
         """Bytes per option in a pool between two positions."""
         if end > start and num_bytes.any():
             self.pricer.builder.add_usage(node.index, pool, start, end, num_bytes)
+
+
+def add_streams(streams: dict[str, np.ndarray], more: Mapping[str, np.ndarray] | None) -> None:
+    """Add to the seconds of streams of the selection problem."""
+    for name, seconds in (more or {}).items():
+        streams[name] = streams.get(name, 0.0) + seconds
 
 
 def is_place(options: Sequence[tuple[int, object]], place: str) -> np.ndarray:

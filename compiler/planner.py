@@ -43,6 +43,7 @@ from .problem import SelectionProblem
 from .record import Candidate, Outcome, record
 from .residency import DEVICE
 from .schedule import schedule
+from .spread import spread
 from .tighten import Tightening, excess
 from .timeline import Timeline, backend_of, timeline
 
@@ -372,6 +373,8 @@ class _Search:
         priced = pricer.price()
         t1 = time.perf_counter()
         solution = _solution(priced.problem, self._time_limit_s(form))
+        if form.places and solution.status != "infeasible":
+            solution = replace(solution, selection=spread(priced, solution.selection))
         self.times["pricing"] += t1 - t0
         self.times["solve"] += time.perf_counter() - t1
         return Candidate(mesh, priced, solution, form.places)

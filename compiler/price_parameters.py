@@ -18,7 +18,7 @@ from .layout import num_pieces
 from .lower_updates import due_after
 from .micro_batches import is_sum, sent_to_sum, update_of_sum
 from .overlap import BWD, CPU, FWD, STREAMS
-from .place_nodes import FORBIDDEN, LEAST_SHARE, NEVER_FREE, PlaceNode, PlaceNodes, Seconds, is_place
+from .place_nodes import FORBIDDEN, LEAST_SHARE, NEVER_FREE, Copies, PlaceNode, PlaceNodes, Saved, Seconds, add_streams, is_place
 from .place_recipes import PlaceRestriction
 from .residency import DEVICE, HOST, ON_DEVICE, RECOMPUTE, SMALL_BYTES, StatePlace
 from .rule import tensor_args
@@ -61,7 +61,7 @@ class ParameterPlaces:
             out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
         if HOST in self._nodes.tiers and self._nodes.cluster.device.kind != "cpu":
             out.append(StatePlace(HOST, HOST, HOST))  # takes less of the host than with a narrow form, and more of the link
-            out += [StatePlace(HOST, HOST, HOST, cast=True)] * cast
+            out += [StatePlace(HOST, HOST, HOST, cast=True), StatePlace(HOST, HOST, DEVICE, cast=True)] * cast
         return self._allowed.of_state(out)
 
     def _param(self, param: fx.Node, op: fx.Node) -> None:
@@ -82,7 +82,8 @@ class ParameterPlaces:
         share = _pieces(options, _UPDATE)
         s_bytes = sum(v.meta["val"].numel() * v.meta["val"].element_size() for v in tensor_args(op)[2:]) / share
         seconds, exposed = self._state_seconds(op, options, p_bytes, s_bytes, num_elements / share)
-        node = self._nodes.add(param, options, seconds, exposed)
+        at_s = {FWD: self._read_after_s(param), BWD: float(self._nodes.clock[self._due.get(op, self._last_bwd)])}
+        node = self._nodes.add(param, options, seconds, at_s, exposed, self._saved(param, op, options))
         for choice, pieces, shift in ties:
             fits = pieces[:, None] == _pieces(options, shift)[None, :]
             cost = np.where(fits, 0.0, FORBIDDEN)
@@ -96,6 +97,22 @@ class ParameterPlaces:
             g_bytes, on_host = num_elements * param.meta["val"].element_size() / _pieces(options, _SUM), _summed_on_host(options)
             self._nodes.use(node, DEVICE, 0, self._nodes.end, g_bytes * ~on_host)
             self._nodes.use(node, HOST, 0, self._nodes.end, g_bytes * on_host)
+
+    def _saved(self, param: fx.Node, op: fx.Node, options: list) -> Saved:
+        """What is not computed: a parameter that is fetched in its narrow form is not cast, and a gradient that is sent in that is not
+        either. Both are in the layout in which the parameter is stored."""
+        pieces, places = _pieces(options, _STORED), [place for _, place in options]
+        fetched = np.array([place.cast for place in places])
+        sent = np.array([place.cast and place.update == HOST for place in places]) & self._narrow_gradient(op)
+        casts = (self._uses.casts.get(param), FWD, fetched), (tensor_args(op)[1], BWD, sent)
+        return {phase: self._run_s(cast, pieces) * runs for cast, phase, runs in casts if cast is not None and runs.any()}
+
+    def _run_s(self, op: fx.Node, pieces: np.ndarray) -> np.ndarray:
+        """float64[pieces]: seconds per step of an op on so many pieces of its operand; none where it has no such layout."""
+        choice = self._graph.op_choice[op]
+        seconds = self._pricer.op_seconds[choice.index]
+        cut = np.array([num_pieces(s.operands[0], self._graph.mesh) for s in choice.options])
+        return self._nodes.num_runs * np.array([seconds[cut == n].min() if (cut == n).any() else 0.0 for n in pieces])
 
     def _state_seconds(
         self, op: fx.Node, options: list, p_bytes: np.ndarray, s_bytes: np.ndarray, num_elements: np.ndarray
@@ -117,15 +134,19 @@ class ParameterPlaces:
             s_off = np.array([pl.state == tier and pl.update == DEVICE for _, pl in options])
             on_cpu = np.array([pl.update == tier for _, pl in options])
             fetched = self._nodes.copy_s(tier, "in", p_bytes * narrow * p_off)
+            whole = self._nodes.copy_s(tier, "in", p_bytes * p_off)
+            returned = self._nodes.copy_s(tier, "out", p_bytes * p_off * ~on_cpu)
+            returned += self._nodes.copy_s(tier, "out", p_bytes * narrow * (narrow < 1) * p_off * ~on_cpu)
             gradient = self._nodes.copy_s(tier, "out", p_bytes * np.where(deferrable, narrow, 1.0) * on_cpu)
             part = self._nodes.copy_s(tier, "out", p_bytes * self._sent_share(op) * on_cpu)
             during.add(STREAMS[tier, "in"], FWD, self._nodes.num_runs * fetched)
-            during.add(STREAMS[tier, "in"], BWD, self._nodes.num_runs * fetched * ~(on_cpu & is_cast))
+            for_bwd = np.where(on_cpu, 0.0 if is_cast else fetched, whole if op in self._due else fetched)
+            during.add(STREAMS[tier, "in"], BWD, self._nodes.num_runs * for_bwd)
             during.add(STREAMS[tier, "out"], BWD, self._nodes.num_runs * part * summed_on_host)
             moments = self._nodes.copy_s(tier, "in", s_bytes * s_off)
-            behind.add(STREAMS[tier, "in"], BWD, (op not in self._due) * fetched * ~on_cpu + moments)
+            behind.add(STREAMS[tier, "in"], BWD, (op not in self._due) * whole * ~on_cpu + moments)
             behind.add(STREAMS[tier, "out"], BWD, self._nodes.copy_s(tier, "out", s_bytes * s_off) + gradient * ~summed_on_host)
-            behind.add(STREAMS[tier, "out"], BWD, self._nodes.copy_s(tier, "out", p_bytes * p_off * ~on_cpu))
+            behind.add(STREAMS[tier, "out"], BWD, returned)
             if on_cpu.any():
                 adding = (self._nodes.num_runs - 1) * cpu_add_seconds(1.0, self._nodes.cluster) * p_bytes * summed_on_host
                 updating = np.where(on_cpu, [cpu_update_seconds(float(n), self._nodes.cluster) for n in num_elements], 0.0)
@@ -134,7 +155,7 @@ class ParameterPlaces:
                     behind.add(CPU, phase, updating * share)
                 follows += np.where(deferrable, 0.0, updating)
                 deferred += np.where(deferrable, gradient + updating + fetched, 0.0)
-            follows += gradient + self._nodes.copy_s(tier, "out", s_bytes * s_off + p_bytes * p_off * ~on_cpu)
+            follows += gradient + self._nodes.copy_s(tier, "out", s_bytes * s_off) + returned
         if behind is during:
             left_s = self._left_s(op)
             return during, np.max([0.0 * p_bytes, follows - left_s, deferred - left_s - self._read_after_s(tensor_args(op)[0])], axis=0)
@@ -177,9 +198,16 @@ class ParameterPlaces:
         num_bytes = wide * self._narrow_share(param, places) * fetched
         seconds = Seconds()
         again = self._nodes.num_runs * is_place(unit.options, RECOMPUTE)[:, None]
-        seconds.add(STREAMS[HOST, "in"], BWD, again * self._nodes.copy_s(HOST, "in", num_bytes)[None, :])
-        costs = NEVER_FREE * seconds.of[STREAMS[HOST, "in"], BWD]
-        self._pricer.builder.add_edge(unit.index, node.index, costs, self._nodes.overlap.of(seconds.of))
+        copied = again * self._nodes.copy_s(HOST, "in", num_bytes)[None, :]
+        seconds.add(STREAMS[HOST, "in"], BWD, copied)
+        at_s = float(self._nodes.clock[self._nodes.needed_by_block[cast]])
+        self._nodes.copies.append(Copies(node.index, STREAMS[HOST, "in"], at_s, copied, unit.index))
+        narrow = np.array([place.cast and place.update == HOST for place in places])
+        saved = again * (narrow * self._run_s(cast, _pieces(node.options, _STORED)) / self._nodes.num_runs)[None, :]
+        costs = NEVER_FREE * copied - self._pricer.cost_of(saved)
+        streams = self._nodes.overlap.of(seconds.of)
+        add_streams(streams, self._pricer.hidden_behind(-saved, BWD))
+        self._pricer.builder.add_edge(unit.index, node.index, costs, streams)
 
     def _state_memory(self, param: fx.Node, op: fx.Node, node: PlaceNode, p_bytes: np.ndarray, s_bytes: np.ndarray) -> None:
         places: list[StatePlace] = [place for _, place in node.options if isinstance(place, StatePlace)]
@@ -193,10 +221,12 @@ class ParameterPlaces:
             s_off = s_bytes * np.array([pl.state == tier for pl in places])
             self._nodes.use(node, tier, 0, self._nodes.end, p_off * np.where(narrow < 1, 1 + narrow, 1.0) + s_off)
             back = self._nodes.ahead_s(tier, "in", p_bytes)
-            for start, end in self._windows(param, self._due.get(op)):
-                self._nodes.use(node, DEVICE, self._nodes.before(start, back), end, p_off * (narrow == 1))
+            on_device = np.array([pl.update == DEVICE for pl in places])
+            for phase, start, end in self._windows(param, self._due.get(op)):
+                whole = p_off * ((narrow == 1) | (on_device & (phase == BWD)))
+                self._nodes.use(node, DEVICE, self._nodes.before(start, back), end, whole)
             if op not in self._due:
-                self._nodes.use(node, DEVICE, at, at + 1, p_off * np.array([pl.update == DEVICE for pl in places]))
+                self._nodes.use(node, DEVICE, at, at + 1, p_off * on_device)
             for start in self._narrow_needs(param):  # the unit's memory begins there
                 self._nodes.use(node, DEVICE, self._nodes.before(start, back), start, p_off * narrow * (narrow < 1))
 
@@ -205,19 +235,19 @@ class ParameterPlaces:
         cast = self._uses.casts.get(param)
         return [] if cast is None or cast not in self._nodes.of else [self._order[cast], self._nodes.needed_by_block[cast]]
 
-    def _windows(self, param: fx.Node, update_at: int | None) -> list[tuple[int, int]]:
-        """Positions between which a parameter is there, per phase: forward, and backward with an early update."""
+    def _windows(self, param: fx.Node, update_at: int | None) -> list[tuple[str, int, int]]:
+        """(phase, positions between which a parameter is there whole): forward, and backward with an early update."""
         out = []
         users = self._uses.readers_of_inputs.get(param, [])
-        for phase in ("fwd", "bwd"):
+        for phase in (FWD, BWD):
             at = [self._order[op] for op in users if op.meta["op"].phase == phase]
             if at:
                 end = max(at) + 1
-                if phase == "bwd" and update_at is not None:
+                if phase == BWD and update_at is not None:
                     end = max(end, update_at + 1)
-                out.append((min(at), end))
-            elif phase == "bwd" and update_at is not None:
-                out.append((update_at, update_at + 1))  # read by its cast alone, which is kept or made again before
+                out.append((phase, min(at), end))
+            elif phase == BWD and update_at is not None:
+                out.append((phase, update_at, update_at + 1))  # read by its cast alone, which is kept or made again before
         return out
 
 

@@ -27,7 +27,7 @@ from torch import fx
 from .choices import Choice
 from .layout import num_pieces
 from .overlap import BWD, FWD, STREAMS
-from .place_nodes import FORBIDDEN, LEAST_SHARE, PlaceNode, PlaceNodes, Seconds, is_place
+from .place_nodes import FORBIDDEN, LEAST_SHARE, Copies, PlaceNode, PlaceNodes, Seconds, is_place
 from .place_recipes import AUTO, DROP, PlaceRestriction, place_restriction
 from .price_parameters import ParameterPlaces
 from .residency import DEVICE, KEEP, RECOMPUTE, SMALL_BYTES, results
@@ -61,6 +61,11 @@ class PlacePricer:
         self.parameters.add(self._allowed)
         return list(self._nodes.of.values())
 
+    @property
+    def copies(self) -> list[Copies]:
+        """What the nodes copy, and when."""
+        return self._nodes.copies
+
     def _worth_deciding(self) -> dict[fx.Node, int]:
         """Units that get a node, with their global bytes."""
         uses = self._uses
@@ -93,7 +98,9 @@ class PlacePricer:
             for way, phase in (("out", FWD), ("in", BWD)):
                 moved = np.where(is_place(options, tier), self._nodes.num_runs * self._nodes.copy_s(tier, way, local), 0.0)
                 seconds.add(STREAMS[tier, way], phase, moved)
-        node = self._nodes.add(unit, options, seconds)
+        clock = self._nodes.clock
+        at_s = {FWD: float(clock[self._order[self._uses.last_fwd[unit]]]), BWD: float(clock[self._nodes.needed[unit]])}
+        node = self._nodes.add(unit, options, seconds, at_s)
         self._tie_sizes(tie, pieces, node, op, recomputed=True)
         if tie is not op:
             self._tie_sizes(op, None, node, op, recomputed=True)

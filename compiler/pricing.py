@@ -31,7 +31,7 @@ from .layout import REPLICATED, Layout, num_pieces, spec_of
 from .lower import BUCKET_BYTES
 from .micro_batches import first_behind, is_sum, num_runs
 from .overlap import Overlap
-from .place_nodes import PlaceNode
+from .place_nodes import Copies, PlaceNode
 from .place_recipes import AUTO
 from .price_collectives import FORBIDDEN, CollectivePrices, Moved
 from .price_local import LocalPrices
@@ -62,6 +62,7 @@ class PricedProblem:
     op_seconds: dict[int, np.ndarray] = field(default_factory=dict)  # choice index -> seconds per option, one member in a whole step
     places: list[PlaceNode] = field(default_factory=list)
     uses: Uses | None = None  # where there are places
+    copies: list[Copies] = field(default_factory=list)
 
 
 class Pricer:
@@ -114,11 +115,18 @@ class Pricer:
         places = self._places.add() if self._places is not None else []
         uses = self._places.uses if self._places is not None else None
         seconds = {index: costs * self.num_runs(self.graph.choices[index].phase) for index, costs in self.op_seconds.items()}
-        return PricedProblem(problem=self.builder.build(), graph=self.graph, op_seconds=seconds, places=places, uses=uses)
+        copies = self._places.copies if self._places is not None else []
+        return PricedProblem(
+            problem=self.builder.build(), graph=self.graph, op_seconds=seconds, places=places, uses=uses, copies=copies
+        )
 
     def num_runs(self, phase: str) -> int:
         """How often the ops of a phase run in a step."""
         return num_runs(self.graph.step, phase)
+
+    def cost_of(self, seconds: np.ndarray) -> np.ndarray:
+        """What so many seconds of computing cost."""
+        return (1 + self._busy_weight) * seconds
 
     def hidden_behind(self, seconds: np.ndarray, phase: str) -> dict[str, np.ndarray] | None:
         """What computation of so many seconds in a phase takes off each stream."""

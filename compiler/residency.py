@@ -36,8 +36,9 @@ SMALL_BYTES = 1 << 12
 class StatePlace:
     """Where a parameter and its optimizer state live between uses, and who updates them ("device", or "host": the CPU).
 
-    cast: the device fetches the parameter in the narrower type in which it is read, which the host stores beside it (see `cast_of`); its
-    gradient goes there in that type. deferred: the CPU's update runs beside the next step's forward pass.
+    cast: the device fetches the parameter in the narrower type in which it is read, which the host stores beside it. Where the CPU updates
+    it, its gradient goes there in that type; where the device does, the whole of it is fetched once more for that. deferred: the CPU's
+    update runs beside the next step's forward pass.
     """
 
     param: str = DEVICE
@@ -47,10 +48,12 @@ class StatePlace:
     deferred: bool = False
 
     def __post_init__(self) -> None:
-        if self.cast and (self.param, self.update) != (HOST, HOST):
-            raise ValueError(f"{self.text!r}: what is fetched in a narrower type is stored on the host and updated there")
-        if self.deferred and not self.cast:
-            raise ValueError(f"{self.text!r}: only the update of a parameter that is fetched in a narrower type can run in the next step")
+        if self.cast and self.param != HOST:
+            raise ValueError(f"{self.text!r}: what is fetched in a narrower type is stored on the host")
+        if self.deferred and not (self.cast and self.update == HOST):
+            raise ValueError(
+                f"{self.text!r}: only what the CPU updates, and is fetched in a narrower type, can be updated beside the next step"
+            )
 
     @property
     def text(self) -> str:

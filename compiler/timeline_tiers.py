@@ -52,6 +52,7 @@ class InTier:
 STARTS: dict[Any, Callable[..., tuple[Any, list[torch.Tensor]]]] = {
     tiers.offload: lambda x, tier: (InTier.of(x, tier), [x]),
     tiers.write_back: lambda parked, x: (parked, [x]),
+    tiers.write_back_cast: lambda parked, x: (parked.narrow, [x]),
     tiers.send_gradient: lambda parked, x: (parked.narrow, [x]),
     tiers.fetch: lambda parked: (torch.empty(parked.shape, dtype=parked.dtype, device=parked.device), []),
     tiers.fetch_cast: lambda parked: (torch.empty(parked.shape, dtype=parked.cast, device=parked.device), []),
@@ -68,7 +69,8 @@ DEFERRED: dict[Any, Callable[..., Any]] = {
 
 def copied_bytes(target: Any, args: tuple[Any, ...]) -> int:
     """Bytes on the device that a copy out holds until it is waited for; args: the values it is called with."""
-    held = args[0] if target is tiers.offload else args[1] if target in (tiers.write_back, tiers.send_gradient) else None
+    written = (tiers.write_back, tiers.write_back_cast, tiers.send_gradient)
+    held = args[0] if target is tiers.offload else args[1] if target in written else None
     return held.numel() * held.element_size() if isinstance(held, torch.Tensor) else 0
 
 

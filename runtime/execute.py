@@ -52,7 +52,7 @@ def check_updates_last(graph: fx.Graph) -> None:
             copied.pop(used, None)
         if node.op != "call_function":
             continue
-        if node.target in (tiers.offload, tiers.write_back, tiers.send_gradient):
+        if node.target in (tiers.offload, tiers.write_back, tiers.write_back_cast, tiers.send_gradient):
             copied[node] = node.all_input_nodes[-1]
         written = list(_overwritten(node))
         for parking, value in copied.items():

@@ -12,6 +12,7 @@
 A parameter that the device reads in a narrower type only is stored twice on the host: as it is, and in that type (`Parked.cast`).
 
     fetch_cast(parked) -> Fetching       the narrow one, for the device
+    write_back_cast(parked, x) -> Parking    the same that was updated on the device, beside `write_back`
     send_gradient(parked, x) -> Parking  the gradient of that type into the memory of the narrow one, which is worthless from then on; an
                                          update makes it anew
     defer_update(params, grads, states, ...)     as host_update, but it runs in the next step, with the hyper-parameters of this one
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TIERS", "Fetching", "Parked", "Parking", "TierError", "TierOptions", "TierStore", "Traffic", "Updating",
     "add_up", "arrive", "defer_update", "fetch", "fetch_cast", "host_update", "offload", "send_gradient", "settle", "start_deferred",
-    "updated", "write_back",
+    "updated", "write_back", "write_back_cast",
 ]  # fmt: skip
 
 
@@ -97,6 +98,11 @@ def host_update(
 def fetch_cast(parked: Parked) -> Any:
     """Start copying the narrow form of a stored tensor into a new device tensor."""
     raise _unbound("fetch_cast")
+
+
+def write_back_cast(parked: Parked, x: torch.Tensor) -> Any:
+    """Start overwriting the narrow form of a parameter with `x`, of that type; the wide one is written by itself."""
+    raise _unbound("write_back_cast")
 
 
 def send_gradient(parked: Parked, x: torch.Tensor) -> Any:
@@ -198,6 +204,7 @@ class TierStore:
             write_back: self.write_back,
             add_up: self.add_up,
             fetch_cast: self.fetch_cast,
+            write_back_cast: self.write_back_cast,
             send_gradient: self.send_gradient,
             host_update: functools.partial(self.host_update, updater),
             defer_update: functools.partial(self.defer_update, updater),
@@ -251,6 +258,10 @@ class TierStore:
     def fetch_cast(self, parked: Parked) -> Fetching:
         """See the function of this name."""
         return self.fetch(_cast_of(parked))
+
+    def write_back_cast(self, parked: Parked, x: torch.Tensor) -> Parking:
+        """See the function of this name."""
+        return self.write_back(_cast_of(parked), x)
 
     def send_gradient(self, parked: Parked, x: torch.Tensor) -> Parking:
         """See the function of this name."""
