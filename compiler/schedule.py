@@ -104,7 +104,9 @@ class _Scheduler:
             together = [node, *_feeders(node)]
             needs = (used for item in together for used in item.all_input_nodes if used not in together)
             earliest = max([self.place.get(used, -1) for used in needs] + [behind]) + 1
-            target = max(bisect_right(self.clock, begins[node]) - 1, earliest)
+            # What waits for it may stand earlier than it had to: before a long instruction.
+            begin = min(begins[node], min(map(self._clock, node.users)) - self.price[node].seconds)
+            target = max(bisect_right(self.clock, begin) - 1, earliest)
             self._move_up(together, target)
         self.moves += [(node.name, before) for node, before in self.started.items()]
 

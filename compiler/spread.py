@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from .place_nodes import Copies
 from .pricing import PricedProblem
 from .residency import StatePlace
 
@@ -20,74 +22,101 @@ _BLUR = np.array([0.25, 0.5, 0.25])  # a copy need not be made in the very part 
 _LEAST_GAIN = 1e-5  # share of the sum of squares
 _MORE = 1e-4  # share of the objective that an exchange may cost
 _MAX_TRIES = 400
-_Swap = tuple[float, int, int]  # (change of the sum of squares, two nodes)
+_Member = tuple[int, ...]  # the nodes of a parameter and, where it has one, of its narrow form
+_Kind = tuple[int, ...]  # what is selected for them
+_Swap = tuple[float, _Member, _Member]  # with the change of the sum of squares
 
 
 def spread(priced: PricedProblem, selection: np.ndarray) -> np.ndarray:
     """A selection of (nearly) the same objective within the same limits, with the streams' load as even as exchanges make it: the sum of
     squares of the seconds that each stream has to do in each part of the step is least."""
-    problem, selection = priced.problem, selection.copy()
+    problem, loads = priced.problem, _Loads(priced)
     most = problem.evaluate(selection).objective * (1 + _MORE)
-    tables = _tables(priced, selection)
-    load = np.sum([table[selection[node]] for node, table in tables.items()], axis=0)
-    groups = [members for members in _equals(priced, selection) if len(members) > 1 and len(set(selection[members])) > 1]
-    refused: set[tuple[int, int, int, int]] = set()
+    groups = [members for members in _equals(priced) if len({_kind(member, selection) for member in members}) > 1]
+    load = loads.total(selection)
+    refused: set[tuple[_Member, _Member, _Kind, _Kind]] = set()
     tries = 0
     while True:
-        for _, a, b in sorted(swap for members in groups for swap in _swaps(members, selection, tables, load)):
-            exchange = (a, b, int(selection[a]), int(selection[b]))
-            if exchange in refused:
+        for _, a, b in sorted(swap for members in groups for swap in _swaps(members, selection, loads, load)):
+            kinds = _kind(a, selection), _kind(b, selection)
+            if (a, b, *kinds) in refused:
                 continue
             if tries == _MAX_TRIES:
                 return selection
             tries += 1
             other = selection.copy()
-            other[a], other[b] = selection[b], selection[a]
+            other[list(a)], other[list(b)] = kinds[1], kinds[0]
             found = problem.evaluate(other)
             if found.feasible and found.objective <= most:
-                load = load + sum(tables[node][other[node]] - tables[node][selection[node]] for node in (a, b))
+                load = load + sum(loads.of(member, _kind(member, other)) - loads.of(member, _kind(member, selection)) for member in (a, b))
                 selection = other
                 break
-            refused.add(exchange)
+            refused.add((a, b, *kinds))
         else:
             return selection
 
 
-def _equals(priced: PricedProblem, selection: np.ndarray) -> list[np.ndarray]:
-    """Nodes of parameters whose places cost the same, and whose narrow forms have the same place."""
+def _kind(member: _Member, selection: np.ndarray) -> _Kind:
+    return tuple(int(selection[node]) for node in member)
+
+
+def _equals(priced: PricedProblem) -> list[list[_Member]]:
+    """Parameters whose places, and those of their narrow forms, cost the same."""
     assert priced.uses is not None, "places were priced"
     costs, offsets = priced.problem.node_cost, priced.problem.node_offsets()
-    nodes = {node.member: node.index for node in priced.places}
-    groups: dict[Hashable, list[int]] = defaultdict(list)
+    nodes = {node.member: node for node in priced.places}
+    groups: dict[Hashable, list[_Member]] = defaultdict(list)
     for node in priced.places:
         if isinstance(node.options[0][1], StatePlace):
-            cast = nodes.get(priced.uses.casts.get(node.member))
-            cost = costs[offsets[node.index] : offsets[node.index + 1]].tobytes()
-            shape = tuple(node.member.meta["val"].shape)
-            groups[shape, tuple(node.options), cost, None if cast is None else int(selection[cast])].append(node.index)
-    return [np.array(members) for members in groups.values()]
+            cast = priced.uses.casts.get(node.member)
+            both = [node, *([nodes[cast]] if cast in nodes else [])]
+            cost = tuple(costs[offsets[n.index] : offsets[n.index + 1]].tobytes() for n in both)
+            alike = tuple(node.member.meta["val"].shape), cost, *(tuple(n.options) for n in both)
+            groups[alike].append(tuple(n.index for n in both))
+    return list(groups.values())
 
 
-def _tables(priced: PricedProblem, selection: np.ndarray) -> dict[int, np.ndarray]:
-    """Node → float64[options, streams x times]: the seconds that it gives each stream in each part of the step."""
-    streams = list(dict.fromkeys(copy.stream for copy in priced.copies))
-    end_s = max((copy.at_s for copy in priced.copies), default=0.0)
-    out: dict[int, np.ndarray] = {}
-    for copy in priced.copies:
-        seconds = copy.seconds if copy.beside is None else copy.seconds[selection[copy.beside]]
-        table = out.setdefault(copy.node, np.zeros((len(seconds), len(streams) * (_NUM_TIMES + 2))))
-        at = streams.index(copy.stream) * (_NUM_TIMES + 2) + int((_NUM_TIMES - 1) * copy.at_s / max(end_s, 1e-12))
-        table[:, at : at + len(_BLUR)] += seconds[:, None] * _BLUR
-    return out
+@dataclass(slots=True)
+class _Loads:
+    """What the nodes of places give the streams to do: float64[streams x times] seconds."""
+
+    priced: PricedProblem
+    copies: dict[int, list[Copies]] = field(default_factory=lambda: defaultdict(list))
+    streams: list[str] = field(default_factory=list)
+    end_s: float = 0.0
+    known: dict[tuple[_Member, _Kind], np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for copy in self.priced.copies:
+            self.copies[copy.node].append(copy)
+        self.streams = list(dict.fromkeys(copy.stream for copy in self.priced.copies))
+        self.end_s = max((copy.at_s for copy in self.priced.copies), default=0.0) + 1e-12
+
+    def total(self, selection: np.ndarray) -> np.ndarray:
+        """Of all nodes."""
+        beside = {copy.node: copy.beside for copy in self.priced.copies if copy.beside is not None}
+        members = [(node, beside[node]) if node in beside else (node,) for node in self.copies]
+        return np.sum([self.of(member, _kind(member, selection)) for member in members], axis=0)
+
+    def of(self, member: _Member, kind: _Kind) -> np.ndarray:
+        """Of a parameter."""
+        if (member, kind) not in self.known:
+            out = np.zeros((len(self.streams), _NUM_TIMES + len(_BLUR)))
+            for copy in self.copies[member[0]]:
+                seconds = copy.seconds[kind[0]] if copy.beside is None else copy.seconds[kind[1], kind[0]]
+                at = int(_NUM_TIMES * copy.at_s / self.end_s)
+                out[self.streams.index(copy.stream), at : at + len(_BLUR)] += seconds * _BLUR
+            self.known[member, kind] = out.ravel()
+        return self.known[member, kind]
 
 
-def _swaps(members: np.ndarray, selection: np.ndarray, tables: dict[int, np.ndarray], load: np.ndarray) -> Iterator[_Swap]:
-    """Exchanges between members that make the load more even; of each with all others the best one."""
-    chosen = selection[members]
-    for one, other in itertools.combinations(sorted(set(chosen.tolist())), 2):
-        a, b = members[chosen == one], members[chosen == other]
-        u = np.array([tables[node][other] - tables[node][one] for node in a])
-        v = np.array([tables[node][one] - tables[node][other] for node in b])
+def _swaps(members: list[_Member], selection: np.ndarray, loads: _Loads, load: np.ndarray) -> Iterator[_Swap]:
+    """Exchanges between members that make the load more even."""
+    kinds = [_kind(member, selection) for member in members]
+    for one, other in itertools.combinations(sorted(set(kinds)), 2):
+        a, b = ([member for member, kind in zip(members, kinds, strict=True) if kind == this] for this in (one, other))
+        u = np.array([loads.of(member, other) - loads.of(member, one) for member in a])
+        v = np.array([loads.of(member, one) - loads.of(member, other) for member in b])
         changes = (2 * u @ load + (u * u).sum(axis=1))[:, None] + (2 * v @ load + (v * v).sum(axis=1))[None, :] + 2 * u @ v.T
         for i, j in zip(*np.nonzero(changes < -_LEAST_GAIN * (load @ load)), strict=True):
-            yield float(changes[i, j]), int(a[i]), int(b[j])
+            yield float(changes[i, j]), a[i], b[j]
