@@ -199,9 +199,10 @@ class UpdateQueue:
         if place.param == DEVICE:
             self._returning.append((param, returned))  # waited for at the end, when all have started
         else:
-            self._new[name] = (self._write_back(param, returned()), self._low.stored_spec(param))
+            whole = returned()
             if place.cast:
-                self._write_back_cast(param, returned())
+                self._write_back_cast(param, whole)
+            self._new[name] = (self._write_back(param, whole), self._low.stored_spec(param))
 
     def _write_back(self, stored: fx.Node, local: fx.Node) -> fx.Node:
         return self._low.e.op(tiers.settle, self._low.e.op(tiers.write_back, self._low.local_input(stored), local))

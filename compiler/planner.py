@@ -81,9 +81,7 @@ _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetc
 # The simulation decides among those with places: room costs little where most is elsewhere anyway, and much where nearly all is resident.
 # With 0.03, 0.12, 0.18 of the memory free opt-30b in batches of 8 on one A100 takes 9.01, 8.60, 8.26 s simulated (objective 8.07, 8.11,
 # 8.13 s), opt-66b in batches of 8 on eight of 80 GB 2.70, 2.94 s and more (2.59, 2.82, at least 3.04 s).
-_ROOMY = ((0.98, 0.12), (0.98, 0.03), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
-# Where a plan without limits needs at most so many times the device's memory, the one with little room comes first.
-_NEARLY_RESIDENT = 3.0
+_ROOMY = ((0.98, 0.03), (0.98, 0.12), (0.8, 0.03), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
 
 
 def _forms(roomy: tuple[tuple[float, float], ...]) -> tuple[_Form, ...]:
@@ -91,11 +89,10 @@ def _forms(roomy: tuple[tuple[float, float], ...]) -> tuple[_Form, ...]:
 
 
 _FORMS = {AUTO: _forms(_ROOMY), NO_PLACES: (_LOOSE,)}
-_FORMS_NEARLY_RESIDENT = _forms((_ROOMY[1], _ROOMY[0], *_ROOMY[2:]))
-_FORMS_OF_RECIPES = tuple(form for form in _forms(_ROOMY[1:]) if form.places)  # they leave little to choose
+_FORMS_OF_RECIPES = _FORMS[AUTO][1:]
 _MAX_SCHEDULES = 3
 # With a plan at hand no other mesh and no other form of the problem is begun after so many seconds of planning (behind capture).
-_ENOUGH_S = 36.0
+_ENOUGH_S = 30.0
 _FORM_S = 20.0  # what a form with places gets at most, as long as there are others
 _NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
 # Where ranks share cores a collective takes longer the more is computed before it, which no sum of costs can say: a plan of one collective
@@ -234,8 +231,6 @@ class _Search:
         if mesh.is_experts:
             return
         forms = _FORMS.get(self.places, _FORMS_OF_RECIPES)
-        if self.places == AUTO and found and mesh.loose.expected_peaks()[DEVICE] <= _NEARLY_RESIDENT * self.limits[DEVICE]:
-            forms = _FORMS_NEARLY_RESIDENT
         for form in forms:
             if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])

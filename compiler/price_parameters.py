@@ -58,10 +58,10 @@ class ParameterPlaces:
         """cast: whether the parameter is read in a narrower type."""
         out = [ON_DEVICE]
         for tier in self._nodes.tiers:
-            out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE)]
+            out += [StatePlace(DEVICE, tier, DEVICE), StatePlace(tier, tier, DEVICE, cast=cast and tier == HOST)]
         if HOST in self._nodes.tiers and self._nodes.cluster.device.kind != "cpu":
             out.append(StatePlace(HOST, HOST, HOST))  # takes less of the host than with a narrow form, and more of the link
-            out += [StatePlace(HOST, HOST, HOST, cast=True), StatePlace(HOST, HOST, DEVICE, cast=True)] * cast
+            out += [StatePlace(HOST, HOST, HOST, cast=True)] * cast
         return self._allowed.of_state(out)
 
     def _param(self, param: fx.Node, op: fx.Node) -> None:
@@ -99,13 +99,15 @@ class ParameterPlaces:
             self._nodes.use(node, HOST, 0, self._nodes.end, g_bytes * on_host)
 
     def _saved(self, param: fx.Node, op: fx.Node, options: list) -> Saved:
-        """What is not computed: a parameter that is fetched in its narrow form is not cast, and a gradient that is sent in that is not
-        either. Both are in the layout in which the parameter is stored."""
-        pieces, places = _pieces(options, _STORED), [place for _, place in options]
-        fetched = np.array([place.cast for place in places])
-        sent = np.array([place.cast and place.update == HOST for place in places]) & self._narrow_gradient(op)
-        casts = (self._uses.casts.get(param), FWD, fetched), (tensor_args(op)[1], BWD, sent)
-        return {phase: self._run_s(cast, pieces) * runs for cast, phase, runs in casts if cast is not None and runs.any()}
+        """What is not computed: a parameter that is fetched in its narrow form is not cast (but on its way back, where the device updates
+        it), and a gradient that is sent in that is not either. All are in the layout in which the parameter is stored."""
+        cast, pieces = self._uses.casts.get(param), _pieces(options, _STORED)
+        fetched, on_cpu = (np.array([getattr(place, name) for _, place in options]) for name in ("cast", "update"))
+        on_cpu = on_cpu == HOST
+        if cast is None or not fetched.any():
+            return {}
+        casting, narrowing = self._run_s(cast, pieces), self._narrow_gradient(op) and self._run_s(tensor_args(op)[1], pieces)
+        return {FWD: casting * fetched, BWD: fetched * np.where(on_cpu, narrowing, -casting / self._nodes.num_runs)}
 
     def _run_s(self, op: fx.Node, pieces: np.ndarray) -> np.ndarray:
         """float64[pieces]: seconds per step of an op on so many pieces of its operand; none where it has no such layout."""

@@ -20,7 +20,7 @@ from .lower_updates import sent_narrow
 from .naming import module_rows, usual_names
 from .plan import Decision, Plan, decisions_of, dtype_name, fingerprint, to_assignment
 from .pricing import PricedProblem
-from .residency import DEVICE, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
+from .residency import DEVICE, HOST, KEEP, ON_DEVICE, RECOMPUTE, StatePlace, Uses, results
 from .rule import tensor_args
 from .rule_table import UPDATE, op_name
 
@@ -83,14 +83,12 @@ class Candidate:
 def possible(assignment: Assignment, uses: Uses, param: fx.Node, place: StatePlace) -> StatePlace:
     """The place, or the next to it that the layouts allow: the CPU updates a parameter in the very layout in which it is stored, and what
     is fetched in a narrower type is read in that layout."""
-    if place.update == DEVICE:
-        return place
     update, stored = next(user for user in param.users if op_name(user) == UPDATE), assignment.inputs[param]
-    if assignment.ops[update].operands[0] != stored:
-        return StatePlace(place.param, place.state, DEVICE)
     cast = uses.casts.get(param) if place.cast else None
     if cast is None or not assignment.ops[cast].operands[0] == assignment.ops[cast].results[0] == stored:
-        return StatePlace(place.param, place.state, place.update)
+        place = StatePlace(place.param, place.state, place.update)
+    if place.update == HOST and assignment.ops[update].operands[0] != stored:
+        return StatePlace(place.param, place.state, DEVICE, place.cast)
     return replace(place, deferred=place.deferred and sent_narrow(uses, assignment, update) is not None)
 
 

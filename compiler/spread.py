@@ -18,7 +18,6 @@ from .pricing import PricedProblem
 from .residency import StatePlace
 
 _NUM_TIMES = 64  # a step's computation in so many parts
-_BLUR = np.array([0.25, 0.5, 0.25])  # a copy need not be made in the very part in which it is asked for
 _LEAST_GAIN = 1e-5  # share of the sum of squares
 _MORE = 1e-4  # share of the objective that an exchange may cost
 _MAX_TRIES = 400
@@ -78,7 +77,7 @@ def _equals(priced: PricedProblem) -> list[list[_Member]]:
 
 @dataclass(slots=True)
 class _Loads:
-    """What the nodes of places give the streams to do: float64[streams x times] seconds."""
+    """What the nodes of places give the streams to do: float64[streams x times] seconds; the step is the middle third of the times."""
 
     priced: PricedProblem
     copies: dict[int, list[Copies]] = field(default_factory=lambda: defaultdict(list))
@@ -101,11 +100,13 @@ class _Loads:
     def of(self, member: _Member, kind: _Kind) -> np.ndarray:
         """Of a parameter."""
         if (member, kind) not in self.known:
-            out = np.zeros((len(self.streams), _NUM_TIMES + len(_BLUR)))
+            out = np.zeros((len(self.streams), 3 * _NUM_TIMES))
             for copy in self.copies[member[0]]:
-                seconds = copy.seconds[kind[0]] if copy.beside is None else copy.seconds[kind[1], kind[0]]
-                at = int(_NUM_TIMES * copy.at_s / self.end_s)
-                out[self.streams.index(copy.stream), at : at + len(_BLUR)] += seconds * _BLUR
+                seconds = float(copy.seconds[kind[0]] if copy.beside is None else copy.seconds[kind[1], kind[0]])
+                at = _NUM_TIMES + int(_NUM_TIMES * copy.at_s / self.end_s)
+                # It keeps its stream busy for so long, and need not be made in the very part in which it is asked for.
+                reach = min(max(1, round(_NUM_TIMES * seconds / self.end_s / 2)), _NUM_TIMES - 1)
+                out[self.streams.index(copy.stream), at - reach : at + reach + 1] += seconds / (2 * reach + 1)
             self.known[member, kind] = out.ravel()
         return self.known[member, kind]
 

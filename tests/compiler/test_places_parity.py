@@ -7,6 +7,7 @@ the device: losses, parameters, buffers and optimizer state after three steps ar
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -249,6 +250,7 @@ def test_momentum():
 
 NARROW = StatePlace(HOST, HOST, HOST, cast=True)
 DEFERRED = replace(NARROW, deferred=True)
+FETCHED_WHOLE = replace(NARROW, update="device")
 
 
 def of_all(c: Case, place: StatePlace) -> Assignment:
@@ -267,6 +269,25 @@ def test_narrow_parameters_move_half_the_bytes(optimizer):
     num_bytes = STEPS * sum(param.meta["val"].numel() * 4 for param in c.uses.casts)
     assert wide.copied[0] - narrow.copied[0] == num_bytes / 2, "gradients go as the backward pass makes them"
     assert wide.copied[1] - narrow.copied[1] == num_bytes / 2, "kept from the forward to the backward pass: one fetch"
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_narrow_parameters_that_the_device_updates(optimizer, clip):
+    """Half the bytes for the forward pass, all of them for the update, and both forms back."""
+    c = case("opt-tiny", (1,), clip, optimizer, torch.bfloat16)
+    num_bytes = STEPS * sum(param.meta["val"].numel() * 4 for param in c.uses.casts)
+    read_again = STEPS * sum(param.meta["val"].numel() * 4 for param, cast in c.uses.casts.items() if c.uses.later[cast])
+    for early, residency in itertools.product((False, True), ({}, dict.fromkeys(c.uses.casts.values(), RECOMPUTE))):
+        wide, narrow = (of_all(c, place) for place in (replace(FETCHED_WHOLE, cast=False), FETCHED_WHOLE))
+        wide.early_updates = narrow.early_updates = early
+        wide.residency = narrow.residency = residency
+        a, b = assert_same(c, wide), assert_same(c, narrow)
+        # Where the backward pass fetches it again, whole for an update that follows at once.
+        again = read_again if residency and (clip or not early) else 0
+        assert a.copied[1] - b.copied[1] == (num_bytes + again) / 2
+        assert b.copied[0] - a.copied[0] == num_bytes / 2
+        assert sum(node.target is tiers.write_back_cast for node in b.program.graph.nodes) == len(c.uses.casts)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -289,7 +310,7 @@ def test_random_places_of_narrow_parameters():
         out = mixed(c, seed)
         rng = random.Random(seed)
         for param in c.uses.casts:
-            out.state[param] = possible(out, c.uses, param, rng.choice([NARROW, DEFERRED, *STATE_PLACES]))
+            out.state[param] = possible(out, c.uses, param, rng.choice([NARROW, DEFERRED, FETCHED_WHOLE, *STATE_PLACES]))
         assert_same(c, out)
 
 
