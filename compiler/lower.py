@@ -227,11 +227,10 @@ class Lowering:
         return place.param if self._infos[stored].kind == "param" else place.state
 
     def _outputs(self, new_values: dict[tuple[str, str, str], tuple[fx.Node, ShardSpec]]) -> tuple[list[fx.Node], list[Port]]:
-        out = self.step.graph.output_node()
         nodes: list[fx.Node] = []
         ports: list[Port] = []
         tiers_of: dict[tuple[str, str, str], str] = {(i.kind, i.fqn, i.slot): self.tier(node) for node, i in self._infos.items()}
-        for value, info in zip(out.args[0], self.step.outputs, strict=True):
+        for value, info in zip(self.step.returned, self.step.outputs, strict=True):
             key = (info.kind, info.fqn, info.slot)
             if key in new_values:
                 node, spec = new_values[key]
@@ -430,7 +429,7 @@ def emit_op(
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether an instruction does something although nobody reads its result."""
-    return node.target is micro_batches.end or (node.target is tiers.settle and node.args[0].target is tiers.write_back_cast)
+    return node.target is micro_batches.end or (node.target is tiers.settle and node.all_input_nodes[0].target is tiers.write_back_cast)
 
 
 def lower(

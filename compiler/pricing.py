@@ -189,10 +189,9 @@ class Pricer:
     def _whole_outputs(self) -> dict[fx.Node, int]:
         """Values that leave the step whole on every rank, with their global bytes: loss, extras, buffers, gradients asked for. Of several
         micro-batches each gives the buffers to the next."""
-        out = self.graph.step.graph.output_node()
         return {
             value: tensor_bytes(value.meta["val"])
-            for value, info in zip(out.args[0], self.graph.step.outputs, strict=True)
+            for value, info in zip(self.graph.step.returned, self.graph.step.outputs, strict=True)
             if isinstance(value, fx.Node) and info.kind not in ("param", "state")
         }
 

@@ -112,8 +112,7 @@ class Uses:
             else:
                 for unit in self._read(node):
                     self.later[unit].append(node)
-        out = self.step.graph.output_node()
-        for value in out.args[0]:
+        for value in self.step.returned:
             made = unit_of(value) if isinstance(value, fx.Node) else None
             if made in self.producers:
                 self.outputs.add(made)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ A `StepGraph` is an `fx.Graph` of `call_function` nodes over *global* tensors. N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,10 +89,14 @@ class StepGraph:
         """All `call_function` nodes in execution order."""
         return [n for n in self.graph.nodes if n.op == "call_function"]
 
+    @property
+    def returned(self) -> Sequence[Any]:
+        """What leaves the step, as `outputs` describes it."""
+        return self.graph.output_node().args[0]  # type: ignore[return-value]
+
     def output_values(self, kind: OutputKind) -> list[fx.Node]:
         """The values that leave the step as outputs of a kind."""
-        out = self.graph.output_node()
-        return [value for value, info in zip(out.args[0], self.outputs, strict=True) if info.kind == kind]  # type: ignore[misc]
+        return [value for value, info in zip(self.returned, self.outputs, strict=True) if info.kind == kind]
 
     def placeholder(self, name: str) -> fx.Node:
         """The placeholder node of an input by name."""
@@ -101,8 +106,7 @@ class StepGraph:
         """Check the invariants of the module docstring; an AssertionError here is a bug of opweave."""
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         assert [n.name for n in placeholders] == [i.name for i in self.inputs], "placeholders and inputs disagree"
-        out = self.graph.output_node()
-        assert len(out.args[0]) == len(self.outputs), f"{len(out.args[0])} graph outputs, {len(self.outputs)} described"
+        assert len(self.returned) == len(self.outputs), f"{len(self.returned)} graph outputs, {len(self.outputs)} described"
         for node in self.graph.nodes:
             assert node.op in ("placeholder", "call_function", "output"), f"unexpected {node.op} node {node.name}"
             if node.op == "call_function":
