@@ -79,8 +79,8 @@ class _Form:
 
 _LOOSE, _FULL, _LEAN = _Form(False), _Form(True, 0.97), _Form(True, 0.0, prefetch=False)
 # The simulation decides among those with places: room costs little where most is elsewhere anyway, and much where nearly all is resident.
-# With 0.03, 0.12, 0.18 of the memory free opt-30b in batches of 8 on one A100 takes 9.01, 8.60, 8.26 s simulated (objective 8.07, 8.11,
-# 8.13 s), opt-66b in batches of 8 on eight of 80 GB 2.70, 2.94 s and more (2.59, 2.82, at least 3.04 s).
+# With 0.03, 0.12, 0.18 of the memory free opt-30b in batches of 8 on one A100 takes 7.98, 8.02, 8.05 s simulated (objective 7.78, 7.82,
+# 7.85 s); mixtral-8x7b in batches of 8 on eight of 80 GB 0.84 s with 0.03 or 0.12 free, 0.75 s with 0.03 and a fifth of the seconds.
 _ROOMY = ((0.98, 0.03), (0.98, 0.12), (0.8, 0.03), (0.98, 0.18), (0.8, 0.12), (0.0, 0.12))
 
 

@@ -102,11 +102,11 @@ class ParameterPlaces:
         """What is not computed: a parameter that is fetched in its narrow form is not cast (but on its way back, where the device updates
         it), and a gradient that is sent in that is not either. All are in the layout in which the parameter is stored."""
         cast, pieces = self._uses.casts.get(param), _pieces(options, _STORED)
-        fetched, on_cpu = (np.array([getattr(place, name) for _, place in options]) for name in ("cast", "update"))
-        on_cpu = on_cpu == HOST
+        fetched, on_cpu = np.array([pl.cast for _, pl in options]), np.array([pl.update == HOST for _, pl in options])
         if cast is None or not fetched.any():
             return {}
-        casting, narrowing = self._run_s(cast, pieces), self._narrow_gradient(op) and self._run_s(tensor_args(op)[1], pieces)
+        casting = self._run_s(cast, pieces)
+        narrowing = self._run_s(tensor_args(op)[1], pieces) if self._narrow_gradient(op) else 0.0
         return {FWD: casting * fetched, BWD: fetched * np.where(on_cpu, narrowing, -casting / self._nodes.num_runs)}
 
     def _run_s(self, op: fx.Node, pieces: np.ndarray) -> np.ndarray:
