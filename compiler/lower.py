@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,6 @@ class Lowering:
         self._raw: dict[tuple[fx.Node, str], tuple[fx.Node, Layout]] = {}
         self._kept: dict[tuple[fx.Node, str], Later] = {}
         self._parked: dict[fx.Node, fx.Node] = {}
-        self._loss = step.output_values("loss")[0]
         self._specs: dict[tuple[fx.Node, Layout], ShardSpec] = {}
         self._num_recomputed = 0
         self._clipped = False
@@ -217,7 +217,11 @@ class Lowering:
 
     def loss(self) -> fx.Node:
         """The local loss, complete on every rank."""
-        return self.output(self._loss)
+        return self.output(self._step_loss)
+
+    @cached_property
+    def _step_loss(self) -> fx.Node:
+        return self.step.output_values("loss")[0]
 
     def tier(self, stored: fx.Node) -> str:
         """Where an input lives between steps."""
