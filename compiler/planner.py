@@ -102,7 +102,8 @@ _MAX_SCHEDULES = 3
 _ENOUGH_S = 30.0
 # What a form with places gets at most, as long as there are others: without a plan and with one.
 _FORM_S, _NEXT_FORM_S = 20.0, 10.0
-_NO_BETTER = 0.02  # a plan or a mesh bounded by no more than this below a simulated step is not worth being lowered
+# A mesh, or another plan of one, that is bounded by no more than this below a simulated step is not worth being lowered.
+_NO_BETTER, _NO_BETTER_PLAN = 0.02, 0.01
 # Where ranks share cores a collective takes longer the more is computed before it, which no sum of costs can say: a plan of one collective
 # at the end of 80 ms was 10 to 17 % faster than the one of eight with the lower sum. There experts' plans are simulated, too.
 _EXPERTS = ("ddp", "megatron")
@@ -258,9 +259,9 @@ class _Search:
         otherwise."""
         if mesh.best is None:
             return True
-        if self._simulated(mesh) <= mesh.bound_s * (1 + _NO_BETTER):
+        if self._simulated(mesh) <= mesh.bound_s * (1 + _NO_BETTER_PLAN):
             return False
-        return form is not _LEAN and (mesh.best.with_places or mesh.best.solution.objective > mesh.bound_s * (1 + _NO_BETTER))
+        return form is not _LEAN and (mesh.best.with_places or mesh.best.solution.objective > mesh.bound_s * (1 + _NO_BETTER_PLAN))
 
     def _fit(self, mesh: _Mesh, form: _Form, *, is_last: bool) -> None:
         """Solve with limits until the program fits, too; the cheaper program, simulated, becomes the mesh's best.
@@ -278,7 +279,7 @@ class _Search:
                 if explains and tight.problem_refuses():
                     continue
                 break
-            if candidate.solution.lower_bound >= min(self._simulated(mesh), self.best_s) * (1 - _NO_BETTER):
+            if candidate.solution.lower_bound >= min(self._simulated(mesh), self.best_s) * (1 - _NO_BETTER_PLAN):
                 return
             if form.recipe != AUTO:  # the proof is about all plans of the mesh
                 candidate.solution = _proven_by(candidate.solution, mesh.bound_s)
