@@ -239,6 +239,8 @@ class _Search:
         if mesh.is_experts:
             return
         forms = _FORMS.get(self.places, _FORMS_OF_RECIPES)
+        if not any(limit for pool, limit in self.limits.items() if pool != DEVICE):
+            forms = tuple(form for form in forms if form.recipe == AUTO)  # there is nowhere to put all state
         for form in forms:
             if self._is_worth_solving(form, mesh) and not self._has_searched_enough():
                 self._fit(mesh, form, is_last=form == forms[-1])
