@@ -5,9 +5,9 @@
 Each mesh is solved in several forms, from the loosest to the full one, and only as far as needed: without memory limits (a bound on what
 any plan of this mesh can reach, and the plan itself where its program fits); with limits, everything on the device; with limits and the
 choice where everything lives (`price_places`), room and seconds left free for copies to queue, as long as another such plan may be faster,
-once as others do it, with all optimizer state in one place;
-the same without prefetching, where nothing else fits. Meshes are taken best bound first, so most of them are never solved in full. Where
-collectives were measured to cost what lies between them, experts' recipes are candidates beside the whole meshes.
+once as others do it, with all optimizer state in one place; the same without prefetching, where nothing else fits. Meshes are taken best
+bound first, so most of them are never solved in full. Where collectives were measured to cost what lies between them, experts' recipes are
+candidates beside the whole meshes.
 """
 
 from __future__ import annotations
